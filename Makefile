@@ -1,0 +1,55 @@
+# Two commands matter: `make demo` and `make test`. Both first create .venv and install what they need.
+# They want python3 >= 3.11 with its venv module; uv is used when it is there.
+
+PYTHON ?= python3
+VENV ?= .venv
+PINS ?= -c constraints.txt
+DEMO_DIR ?= runs/demo
+PYTEST_ARGS ?= -n logical --maxprocesses=4 --dist=worksteal --durations=10
+
+RUN = $(VENV)/bin/python
+INSTALLED = $(VENV)/.installed
+UV := $(shell uv --version >/dev/null 2>&1 && echo uv)
+export UV_PYTHON_DOWNLOADS := never
+export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
+
+.PHONY: help venv demo test test-matrix pytest lint bench lock
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+venv: $(INSTALLED) ## create .venv; again when pyproject.toml or constraints.txt changed (PYTHON=python3.12 to choose)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { \
+	  echo "error: no $(PYTHON) on PATH: install Python 3.11 or newer, or name one: make PYTHON=python3.12 venv" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; v = ".".join(map(str, sys.version_info[:3])); sys.version_info >= (3, 11) or \
+	  sys.exit("error: $(PYTHON) is Python " + v + ", 3.11 or newer is needed: make PYTHON=python3.12 venv")'
+	@$(RUN) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	@echo "installing into $(VENV) with $(if $(UV),uv,pip; this takes a minute)"
+	@$(if $(UV),uv pip install --quiet --python $(RUN) --editable '.[dev]' $(PINS) ||) \
+	  $(RUN) -m pip install --quiet --disable-pip-version-check --editable '.[dev]' $(PINS)
+	@touch $@
+
+demo: $(INSTALLED) ## a language model learns to search, in minutes, on a CPU (DEMO_DIR=runs/demo)
+	$(RUN) -m launch.train --config=configs/search_grpo.py:demo --workdir=$(DEMO_DIR)
+
+test: lint pytest ## everything that must pass: lint and the whole test suite
+
+lint: $(INSTALLED) ## ruff and pyright
+	$(RUN) -m ruff check
+	$(RUN) -m ruff format --check
+	$(RUN) -m pyright
+
+pytest: $(INSTALLED) ## the test suite alone (PYTEST_ARGS=tests/kernels for a part of it)
+	$(RUN) -m pytest $(PYTEST_ARGS)
+
+test-matrix: ## the test suite on every supported Python and JAX, each in its own .venv-NAME (ONLY=NAME for one)
+	@MAKE=$(MAKE) .ci/test_matrix $(ONLY)
+
+bench: $(INSTALLED) ## time every implementation of every kernel on this device
+	$(RUN) -m kernels.bench
+
+lock: ## renew constraints.txt: the newest set, for every supported Python (needs uv)
+	UV_CUSTOM_COMPILE_COMMAND="make lock" uv pip compile --quiet --upgrade --universal --python-version 3.11 \
+	  --extra dev --no-annotate pyproject.toml --output-file constraints.txt

@@ -1,0 +1,120 @@
+"""The policy's parameters: a pytree of arrays, each leaf described once.
+
+Initial values, shardings and shapes all derive from `describe`, so a new leaf is one line.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from rlrag.mesh import Axes, sharding
+from rlrag.model.architecture import Architecture
+
+
+class Leaf(NamedTuple):
+    """One parameter: shape, logical axes, and the standard deviation of its normal initial values (0: ones)."""
+
+    shape: tuple[int, ...]
+    axes: Axes
+    stddev: float
+
+
+@flax.struct.dataclass
+class Layers:
+    """All layers, stacked on axis 0 (L). Absent options are None and no leaves."""
+
+    attention_norm: jax.Array  # [L, D]
+    query: jax.Array  # [L, D, N*H]
+    key: jax.Array  # [L, D, K*H]
+    value: jax.Array  # [L, D, K*H]
+    query_bias: jax.Array | None  # [L, N*H]
+    key_bias: jax.Array | None  # [L, K*H]
+    value_bias: jax.Array | None  # [L, K*H]
+    query_norm: jax.Array | None  # [L, H]
+    key_norm: jax.Array | None  # [L, H]
+    output: jax.Array  # [L, N*H, D]
+    mlp_norm: jax.Array  # [L, D]
+    gate: jax.Array  # [L, D, F]
+    up: jax.Array  # [L, D, F]
+    down: jax.Array  # [L, F, D]
+
+
+@flax.struct.dataclass
+class Transformer:
+    embed: jax.Array  # [V, D]
+    layers: Layers
+    final_norm: jax.Array  # [D]
+    head: jax.Array | None  # [V, D]; None: tied to embed
+
+    @property
+    def output_head(self) -> jax.Array:  # [V, D]
+        return self.embed if self.head is None else self.head
+
+
+def describe(architecture: Architecture) -> Transformer:
+    """The Leaf of every parameter, in the parameters' own tree."""
+    a = architecture
+    a.check()
+    L, D, F, V = a.num_layers, a.embed_dim, a.mlp_dim, a.vocab_size
+    query_dim, kv_dim = a.num_heads * a.head_dim, a.num_kv_heads * a.head_dim
+
+    def when(condition: bool, leaf: Leaf) -> Leaf | None:
+        return leaf if condition else None
+
+    layers = Layers(
+        attention_norm=Leaf((L, D), (None, None), 0),
+        query=Leaf((L, D, query_dim), (None, "embed", "heads"), D**-0.5),
+        key=Leaf((L, D, kv_dim), (None, "embed", "kv_heads"), D**-0.5),
+        value=Leaf((L, D, kv_dim), (None, "embed", "kv_heads"), D**-0.5),
+        query_bias=when(a.qkv_bias, Leaf((L, query_dim), (None, "heads"), 0.02)),
+        key_bias=when(a.qkv_bias, Leaf((L, kv_dim), (None, "kv_heads"), 0.02)),
+        value_bias=when(a.qkv_bias, Leaf((L, kv_dim), (None, "kv_heads"), 0.02)),
+        query_norm=when(a.qk_norm, Leaf((L, a.head_dim), (None, None), 0)),
+        key_norm=when(a.qk_norm, Leaf((L, a.head_dim), (None, None), 0)),
+        output=Leaf((L, query_dim, D), (None, "heads", "embed"), query_dim**-0.5),
+        mlp_norm=Leaf((L, D), (None, None), 0),
+        gate=Leaf((L, D, F), (None, "embed", "mlp"), D**-0.5),
+        up=Leaf((L, D, F), (None, "embed", "mlp"), D**-0.5),
+        down=Leaf((L, F, D), (None, "mlp", "embed"), F**-0.5),
+    )
+    return Transformer(
+        embed=Leaf((V, D), ("vocab", "embed"), 0.02),
+        layers=layers,
+        final_norm=Leaf((D,), (None,), 0),
+        head=when(not a.tied, Leaf((V, D), ("vocab", "embed"), D**-0.5)),
+    )  # type: ignore[arg-type]  # a tree of Leaf in the shape of the parameters
+
+
+def is_leaf(x: object) -> bool:
+    return isinstance(x, Leaf)
+
+
+def map_leaves(function: Callable[[Leaf], object], architecture: Architecture):
+    return jax.tree.map(function, describe(architecture), is_leaf=is_leaf)
+
+
+def shardings(architecture: Architecture, mesh: Mesh):
+    """NamedSharding of every parameter."""
+    return map_leaves(lambda leaf: sharding(mesh, leaf.axes, leaf.shape), architecture)
+
+
+def initialize(architecture: Architecture, key: jax.Array) -> Transformer:
+    """Fresh parameters in `param_dtype`; the value of a leaf depends on the key and its place in the tree alone."""
+    leaves, tree = jax.tree.flatten(describe(architecture), is_leaf=is_leaf)
+    dtype = jnp.dtype(architecture.param_dtype)
+
+    def draw(index: int, leaf: Leaf) -> jax.Array:
+        if leaf.stddev == 0:
+            return jnp.ones(leaf.shape, dtype)
+        return (leaf.stddev * jax.random.normal(jax.random.fold_in(key, index), leaf.shape)).astype(dtype)
+
+    return jax.tree.unflatten(tree, [draw(index, leaf) for index, leaf in enumerate(leaves)])
+
+
+def num_parameters(architecture: Architecture) -> int:
+    leaves = jax.tree.leaves(describe(architecture), is_leaf=is_leaf)
+    return sum(int(jnp.prod(jnp.array(leaf.shape))) for leaf in leaves)

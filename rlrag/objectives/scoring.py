@@ -1,0 +1,29 @@
+"""Scores of a micro-batch under given parameters: one forward pass of the trunk, then token statistics."""
+
+import jax
+import jax.numpy as jnp
+
+from kernels.log_prob.api import token_stats
+from kernels.token_stats import filtered_log_prob
+from rlrag.batch import Batch
+from rlrag.model.architecture import Architecture
+from rlrag.model.parameters import Transformer
+from rlrag.model.transformer import trunk
+from rlrag.objectives.losses import Scores
+
+
+def score(params: Transformer, a: Architecture, batch: Batch) -> Scores:
+    """Log-prob, entropy and certainty of every token given what precedes it; leaves of batch are [R, ...]."""
+    hidden = trunk(params, a, batch.tokens, batch.positions, batch.segment, batch.segments.parent)
+    # The column before predicts; a segment's first token is observed, so no trained token looks across a boundary.
+    before = jnp.pad(hidden[:, :-1], ((0, 0), (1, 0), (0, 0)))
+    ids = jnp.concatenate([batch.tokens[..., None], batch.kept], -1)
+    stats = token_stats(before, params.output_head.astype(before.dtype), ids, temperature=batch.temperature)
+    logp = filtered_log_prob(stats.logits[..., 0], stats.lse, stats.logits[..., 1:])
+    return Scores(logp, stats.entropy, stats.certainty)
+
+
+def no_scores(batch: Batch) -> Scores:
+    """Stand-ins where only an objective's counts are wanted."""
+    zeros = jax.lax.stop_gradient(jnp.zeros(batch.tokens.shape, jnp.float32))
+    return Scores(zeros, zeros, zeros)

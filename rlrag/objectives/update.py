@@ -1,0 +1,199 @@
+"""The update: three jitted pure functions, prepare, accumulate and apply, compiled once each.
+
+prepare scores what the objective needs and writes credit; accumulate adds one micro-batch's gradient, already divided
+by the whole minibatch's counts; apply steps the optimizer. Nothing depends on how many micro-batches there are.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from rlrag.batch import Batch
+from rlrag.mesh import DATA
+from rlrag.metrics import Metrics, merge
+from rlrag.model.architecture import Architecture
+from rlrag.model.parameters import Transformer, shardings
+from rlrag.objectives.credit import Credit, Scored
+from rlrag.objectives.losses import Objective
+from rlrag.objectives.scoring import no_scores, score
+
+Params = Transformer
+
+
+@flax.struct.dataclass
+class TrainState:
+    """What one model's optimisation carries from step to step."""
+
+    params: Params
+    opt_state: optax.OptState
+    step: jax.Array  # optimizer steps taken, skipped ones included
+
+
+class Prepared(NamedTuple):
+    batches: dict[str, Batch]
+    counts: dict[str, dict[str, jax.Array]]  # model -> loss term -> [M] count of each micro-batch
+    metrics: Metrics
+
+
+class Applied(NamedTuple):
+    grad_norm: jax.Array
+    skipped: jax.Array  # 1 where a non-finite gradient was dropped, parameters and optimizer state untouched
+    learning_rate: jax.Array
+
+
+def build_optimizer(schedule: optax.Schedule, *, b1: float, b2: float, weight_decay: float, clip_norm: float):
+    """AdamW behind a global-norm clip; a non-finite gradient changes nothing and is counted."""
+    inner = optax.chain(
+        optax.clip_by_global_norm(clip_norm), optax.adamw(schedule, b1=b1, b2=b2, weight_decay=weight_decay)
+    )
+    return optax.apply_if_finite(inner, max_consecutive_errors=2**31 - 1)
+
+
+def build_schedule(kind: str, peak: float, warm_up_steps: int, steps: int, final_fraction: float) -> optax.Schedule:
+    """Linear warm-up to the peak, then constant, cosine or linear to final_fraction of it at `steps`."""
+    rest = max(steps - warm_up_steps, 1)
+    if kind == "constant":
+        after = optax.constant_schedule(peak)
+    elif kind == "cosine":
+        after = optax.cosine_decay_schedule(peak, rest, final_fraction)
+    elif kind == "linear":
+        after = optax.linear_schedule(peak, peak * final_fraction, rest)
+    else:
+        raise ValueError(f"update.schedule is {kind!r}: choose constant, cosine or linear")
+    if warm_up_steps == 0:
+        return after
+    # The first step is taken at peak / warm_up_steps, not at 0.
+    warm_up = optax.linear_schedule(peak / warm_up_steps, peak, max(warm_up_steps - 1, 1))
+    return optax.join_schedules([warm_up, after], [warm_up_steps])
+
+
+class Update:
+    """The three programs of one model under one objective."""
+
+    def __init__(
+        self,
+        a: Architecture,
+        objective: Objective,
+        optimizer: optax.GradientTransformation,
+        schedule: optax.Schedule,
+        mesh: Mesh,
+    ):
+        self.architecture, self.objective, self.optimizer, self.mesh = a, objective, optimizer, mesh
+        params, replicated = shardings(a, mesh), NamedSharding(mesh, PartitionSpec())
+        self._rows = NamedSharding(mesh, PartitionSpec(None, DATA))
+        self.accumulate = jax.jit(
+            partial(accumulate, a, objective), donate_argnums=(1, 2), out_shardings=(params, replicated)
+        )
+        self.apply = jax.jit(partial(apply, optimizer, schedule), donate_argnums=0)
+        self._zeros = jax.jit(lambda params: jax.tree.map(jnp.zeros_like, params), out_shardings=params)
+
+    def initialize(self, params: Params) -> TrainState:
+        """A fresh state around params (which it takes over). Every leaf lies where its parameter lies."""
+        specs = shardings(self.architecture, self.mesh)
+        replicated = NamedSharding(self.mesh, PartitionSpec())
+        # optax keeps moments in trees of the parameters' shape: map those like the parameters, the rest replicated.
+        abstract = jax.eval_shape(self.optimizer.init, params)
+        where = optax.tree_utils.tree_map_params(
+            self.optimizer, lambda _, spec: spec, abstract, specs, transform_non_params=lambda _: replicated
+        )
+        opt_state = jax.jit(self.optimizer.init, out_shardings=where)(params)
+        return TrainState(params, opt_state, jax.device_put(jnp.int32(0), replicated))
+
+    def put(self, batch: Batch) -> Batch:
+        """A packed batch [M, R, ...] onto the mesh, rows over `data`."""
+        return jax.device_put(batch, self._rows)
+
+    def step(
+        self, state: TrainState, batch: Batch, counts: dict[str, jax.Array], micros: Sequence[int]
+    ) -> tuple[TrainState, Metrics, Applied]:
+        """One optimizer step on the micro-batches `micros` of a prepared batch."""
+        chosen = jnp.zeros(batch.tokens.shape[0], jnp.float32).at[jnp.asarray(micros)].set(1.0)
+        grads, sums = self._zeros(state.params), self._no_metrics(batch)
+        for index in micros:
+            grads, sums = self.accumulate(state.params, grads, sums, batch, counts, chosen, jnp.int32(index))
+        state, applied = self.apply(state, grads)
+        return state, sums, applied
+
+    def _no_metrics(self, batch: Batch) -> Metrics:
+        micro = jax.eval_shape(lambda b: select(b, 0), batch)
+        shapes = jax.eval_shape(lambda b: reported(self.objective, no_scores(b), b)[1], micro)
+        replicated = NamedSharding(self.mesh, PartitionSpec())
+        return jax.tree.map(lambda leaf: jax.device_put(jnp.zeros(leaf.shape, leaf.dtype), replicated), shapes)
+
+
+def select(batch: Batch, index: jax.Array | int) -> Batch:
+    """Micro-batch `index` of a batch: leaves [R, ...]."""
+    return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, 0, keepdims=False), batch)
+
+
+def reported(objective: Objective, scores, micro: Batch) -> tuple[dict, Metrics]:
+    """Loss terms, and all metrics with the losses among them."""
+    terms = objective.terms(scores, micro)
+    return terms.losses, {**terms.metrics, **{f"loss/{name}": value for name, value in terms.losses.items()}}
+
+
+def accumulate(a, objective, params, grads, sums, batch, counts, chosen, index):
+    """grads + gradient of micro-batch `index`; sums + its metrics. Each loss term is divided by its count over the
+    chosen micro-batches, so the split into micro-batches changes nothing."""
+    micro = select(batch, index)
+
+    def loss(params):
+        losses, metrics = reported(objective, score(params, a, micro), micro)
+        total = sum(term.total / jnp.maximum(jnp.sum(counts[name] * chosen), 1.0) for name, term in losses.items())
+        return total, metrics
+
+    new, metrics = jax.grad(loss, has_aux=True)(params)
+    return jax.tree.map(jnp.add, grads, new), merge(sums, jax.lax.stop_gradient(metrics))
+
+
+def apply(optimizer, schedule, state: TrainState, grads) -> tuple[TrainState, Applied]:
+    """One optimizer step."""
+    norm = optax.global_norm(grads)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    skipped = 1.0 - opt_state.last_finite.astype(jnp.float32)
+    return TrainState(params, opt_state, state.step + 1), Applied(norm, skipped, jnp.asarray(schedule(state.step)))
+
+
+def build_prepare(architectures: dict[str, Architecture], objectives: dict[str, Objective], credit: Credit, num_groups: int, num_episodes: int) -> Callable:  # fmt: skip # noqa: E501
+    """The jitted prepare(params, references, batches, num_micro) -> Prepared over all models of a recipe.
+
+    params and references: by model, None where neither is needed; num_micro [1] int by model: micro-batches in use.
+    """
+
+    def write_logp(name: str, field: str, params, batch: Batch, num_micro: jax.Array) -> Batch:
+        def one(index: jax.Array, values: jax.Array) -> jax.Array:
+            logp = score(params, architectures[name], select(batch, index)).logp
+            return jax.lax.dynamic_update_index_in_dim(values, logp, index, 0)
+
+        values = jax.lax.fori_loop(0, num_micro, one, getattr(batch, field))
+        return batch.replace(**{field: values})
+
+    def prepare(params, references, batches: dict[str, Batch], num_micro: dict[str, jax.Array]) -> Prepared:
+        scored = {}
+        for name, batch in batches.items():
+            objective = objectives[name]
+            if objective.recompute_old:
+                batch = write_logp(name, "old_logp", params[name], batch, num_micro[name])
+            else:
+                batch = batch.replace(old_logp=batch.logp)
+            if objective.needs_reference:
+                batch = write_logp(name, "ref_logp", references[name], batch, num_micro[name])
+            scored[name] = batch
+        weights, metrics = credit(Scored(scored, num_groups, num_episodes))
+        prepared = {name: scored[name].replace(weight=jax.lax.stop_gradient(weights[name])) for name in weights}
+
+        def count(objective: Objective, micro: Batch) -> dict[str, jax.Array]:
+            # Counts come from the batch alone, so the forward pass behind the stand-ins is never run.
+            return {name: term.count for name, term in objective.terms(no_scores(micro), micro).losses.items()}
+
+        counts = {name: jax.vmap(partial(count, objectives[name]))(batch) for name, batch in prepared.items()}
+        return Prepared(prepared, counts, metrics)
+
+    return jax.jit(prepare, donate_argnums=2)

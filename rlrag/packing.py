@@ -1,0 +1,264 @@
+"""Ragged trajectories to packed rows, and per-token results back. Host, numpy.
+
+Streams of one group that begin with the same observed tokens share them in a row: the prompt's segment once, the
+samples as its children. The shared part stops one token short of the common prefix: every child repeats that token
+itself, so that the column before a trained token always belongs to its own segment.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+
+from rlrag.batch import Batch, Segments
+from rlrag.rewards.paid import Paid
+from rlrag.trajectory import FAILED, OBSERVED, SAMPLED, SEARCH_FAILED, Group, Stream
+
+LEFT_OUT = (SEARCH_FAILED, FAILED)  # these episodes are counted and shown, and never learned from
+NEGLIGIBLE = 8  # shared prefixes shorter than this cost more bookkeeping than they save
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Static sizes of a packed batch: up to `max_micro` micro-batches of `rows` rows of `tokens` tokens."""
+
+    rows: int
+    tokens: int
+    max_segments: int  # per row, padding's entry included
+    max_micro: int
+    num_kept: int
+    num_rewards: int
+
+
+@dataclass(slots=True)
+class Item:
+    """One stream to place."""
+
+    stream: Stream
+    episode: int
+    call: int
+    group: int
+    version: int
+    rewards: np.ndarray  # [R], nan = not paid
+    bonus: np.ndarray | None
+
+
+@dataclass(slots=True, eq=False)
+class Family:
+    """Streams that go into rows with `shared` tokens in common (0: none)."""
+
+    items: list[Item]
+    shared: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where the tokens [start, start + count) of a stream lie."""
+
+    episode: int
+    call: int
+    row: int  # over all micro-batches
+    column: int
+    start: int
+    count: int
+
+
+@dataclass(frozen=True)
+class Packed:
+    batch: Batch  # leaves [M, R, ...], numpy
+    num_micro: int
+    places: list[Place]  # of streams; shared prefixes are not listed
+    fill: float  # share of the used rows' columns that hold tokens
+    num_groups: int
+    num_episodes: int
+    left_out: int  # episodes not packed
+
+
+class _Rows:
+    """The arrays being filled."""
+
+    def __init__(self, shape: Shape):
+        self.shape = shape
+        num_rows, T, S = shape.rows * shape.max_micro, shape.tokens, shape.max_segments
+        self.length = np.zeros(num_rows, np.int32)  # columns used
+        self.count = np.ones(num_rows, np.int32)  # segments used; 0 is padding
+        self.open = 0  # rows in use
+
+        def tokens(dtype: type, value: float = 0, *more: int) -> np.ndarray:
+            return np.full((num_rows, T, *more), value, dtype)
+
+        def segments(dtype: type, value: float = 0, *more: int) -> np.ndarray:
+            return np.full((num_rows, S, *more), value, dtype)
+
+        ints, floats = np.int32, np.float32
+        self.batch = Batch(
+            tokens=tokens(ints), segment=tokens(ints), positions=tokens(ints), turn=tokens(ints), role=tokens(ints),
+            tags=tokens(ints), act=tokens(ints), kept=tokens(ints, -1, shape.num_kept), temperature=tokens(floats, 1),
+            logp=tokens(floats), entropy=tokens(floats), certainty=tokens(floats), bonus=tokens(floats),
+            weight=tokens(floats), old_logp=tokens(floats), ref_logp=tokens(floats),
+            segments=Segments(
+                episode=segments(ints, -1), call=segments(ints), group=segments(ints, -1), source=segments(ints),
+                parent=segments(ints), version=segments(ints), weight=segments(floats, 1),
+                rewards=segments(floats, 0, shape.num_rewards), valid=segments(bool, False, shape.num_rewards),
+            ),
+        )  # fmt: skip  # type: ignore[arg-type]  # numpy on the way to the device
+
+    def first_fit(self, tokens: int, segments: int) -> int:
+        """The first row with that much room."""
+        fits = (self.length[: self.open] + tokens <= self.shape.tokens) & (
+            self.count[: self.open] + segments <= self.shape.max_segments
+        )
+        if fits.any():
+            return int(np.argmax(fits))
+        if self.open == len(self.length):
+            raise RowsExhausted(self.shape)
+        self.open += 1
+        return self.open - 1
+
+    def segment(self, row: int, parent: int = 0) -> int:
+        number = int(self.count[row])
+        self.count[row] += 1
+        self.batch.segments.parent[row, number] = parent
+        return number
+
+    def write(self, row: int, segment: int, item: Item, start: int, stop: int, roles: Mapping[str, int]) -> int:
+        """Lay tokens [start, stop) of a stream down; returns their first column."""
+        b, column = self.batch, int(self.length[row])
+        where = slice(column, column + stop - start)
+        b.segment[row, where] = segment
+        b.positions[row, where] = np.arange(start, stop)
+        at, turn = 0, 0
+        for span in item.stream.spans:
+            low, high = max(at, start), min(at + len(span.tokens), stop)
+            if low < high:
+                inside, cells = slice(low - at, high - at), slice(column + low - start, column + high - start)
+                b.tokens[row, cells] = span.tokens[inside]
+                b.turn[row, cells] = turn
+                b.role[row, cells] = roles[span.role]
+                b.act[row, cells] = span.act
+                for name in ("tags", "logp", "entropy", "certainty"):
+                    values = getattr(span, name)
+                    if values is not None:
+                        getattr(b, name)[row, cells] = values[inside]
+                if span.act == SAMPLED:
+                    b.temperature[row, cells] = span.temperature if span.temperature > 0 else 1.0
+                if span.kept is not None:
+                    b.kept[row, cells, : span.kept.shape[1]] = span.kept[inside]
+            turn += span.act != OBSERVED
+            at += len(span.tokens)
+        if item.bonus is not None:
+            b.bonus[row, where] = item.bonus[start:stop]
+        self.length[row] += stop - start
+        return column
+
+
+class RowsExhausted(ValueError):
+    """The streams do not fit the batch's rows: pack again with a larger max_micro."""
+
+    def __init__(self, shape: Shape):
+        super().__init__(f"more than {shape.max_micro} micro-batches of {shape.rows} rows x {shape.tokens} tokens")
+
+
+def pack(
+    groups: Sequence[Group], paid: Sequence[Sequence[Paid]], roles: Mapping[str, int], rewards: Sequence[str], shape: Shape
+) -> Packed:  # fmt: skip
+    """Lay the trained streams of one model's roles into rows.
+
+    paid[g][i] belongs to groups[g].trajectories[i]; roles gives the number of each of this model's roles; rewards the
+    order of named rewards. Raises ValueError for a stream longer than a row, RowsExhausted when rows run out.
+    """
+    families, left_out = [], 0
+    episode = 0
+    for number, (group, payments) in enumerate(zip(groups, paid)):
+        items = []
+        for trajectory, payment in zip(group.trajectories, payments):
+            if trajectory.status in LEFT_OUT:
+                left_out += 1
+            else:
+                items += trained(trajectory.streams, episode, number, trajectory.policy_version, payment, roles, rewards)
+            episode += 1
+        families += share(items)
+    rows = _Rows(shape)
+    places: list[Place] = []
+    # Long families first: first fit then fills the gaps with short ones.
+    for family in sorted(families, key=lambda f: -max(item.stream.num_tokens for item in f.items)):
+        place(family, rows, roles, places)
+    num_micro = max(1, -(-rows.open // shape.rows))
+    used = int(rows.length.sum())
+    batch = jax.tree.map(lambda leaf: leaf.reshape(shape.max_micro, shape.rows, *leaf.shape[1:]), rows.batch)
+    fill = used / max(1, rows.open * shape.tokens)
+    return Packed(batch, num_micro, places, fill, len(groups), episode, left_out)
+
+
+def trained(
+    streams: Sequence[Stream], episode: int, group: int, version: int, paid: Paid, roles: Mapping[str, int],
+    rewards: Sequence[str],
+) -> list[Item]:  # fmt: skip
+    """The streams of one trajectory that belong to this model and hold something to learn."""
+    items = []
+    for call, stream in enumerate(streams):
+        if stream.role in roles and any(span.act != OBSERVED for span in stream.spans):
+            amounts = [paid.per_call[name][call] if name in paid.per_call else np.nan for name in rewards]
+            bonus = paid.per_token.get(stream.name)
+            items.append(Item(stream, episode, call, group, version, np.array(amounts, np.float32), bonus))
+    return items
+
+
+def share(items: Sequence[Item]) -> list[Family]:
+    """Streams of one group by equal leading observations."""
+    by_prefix: dict[bytes, Family] = {}
+    for item in items:
+        first = item.stream.spans[0]
+        shared = len(first.tokens) - 1 if first.act == OBSERVED else 0
+        key = first.tokens.tobytes() if shared >= NEGLIGIBLE else str(id(item)).encode()
+        family = by_prefix.setdefault(key, Family([], shared if shared >= NEGLIGIBLE else 0))
+        family.items.append(item)
+    for family in by_prefix.values():
+        if len(family.items) == 1:
+            family.shared = 0
+    return list(by_prefix.values())
+
+
+def place(family: Family, rows: _Rows, roles: Mapping[str, int], places: list[Place]) -> None:
+    """Put a family into rows: as many children beside their prefix as fit, then the prefix again in another row."""
+    limit, remaining = rows.shape.tokens, list(family.items)
+    longest = max(item.stream.num_tokens for item in remaining)
+    if longest > limit:
+        raise ValueError(f"a stream has {longest} tokens, a training row {limit}: raise update.row_tokens")
+    while remaining:
+        shared = family.shared if len(remaining) > 1 else 0
+        lengths = [item.stream.num_tokens - shared for item in remaining]
+        fitting = np.cumsum(lengths) + shared <= limit
+        count = min(int(fitting.sum()), rows.shape.max_segments - 2)
+        if shared == 0 or count < 2:
+            count, shared = 1, 0
+            lengths[0] = remaining[0].stream.num_tokens
+        row = rows.first_fit(sum(lengths[:count]) + shared, count + (shared > 0))
+        parent = 0
+        if shared:
+            parent = rows.segment(row)
+            rows.write(row, parent, remaining[0], 0, shared, roles)
+            fill_segment(rows.batch.segments, row, parent, remaining[0], paid=False)
+        for item in remaining[:count]:
+            segment = rows.segment(row, parent)
+            column = rows.write(row, segment, item, shared, item.stream.num_tokens, roles)
+            fill_segment(rows.batch.segments, row, segment, item, paid=True)
+            places.append(Place(item.episode, item.call, row, column, shared, item.stream.num_tokens - shared))
+        remaining = remaining[count:]
+
+
+def fill_segment(s: Segments, row: int, segment: int, item: Item, paid: bool) -> None:
+    s.group[row, segment] = item.group
+    s.version[row, segment] = item.version
+    if paid:  # a shared prefix belongs to no single episode
+        s.episode[row, segment] = item.episode
+        s.call[row, segment] = item.call
+        s.valid[row, segment] = ~np.isnan(item.rewards)
+        s.rewards[row, segment] = np.nan_to_num(item.rewards)
+
+
+def unpack(values: np.ndarray, places: Sequence[Place]) -> dict[tuple[int, int], np.ndarray]:
+    """Per-token values [M, R, T] back to streams: (episode, call) -> [num_tokens - shared prefix]."""
+    flat = values.reshape(-1, values.shape[-1])
+    return {(p.episode, p.call): flat[p.row, p.column : p.column + p.count] for p in places}

@@ -1,0 +1,25 @@
+"""What a reward hands back for one trajectory: numbers by name, never tensors."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from rlrag.trajectory import Group
+
+
+@dataclass(slots=True)
+class Paid:
+    """Rewards of one trajectory.
+
+    per_call: named rewards, one number for each stream in `trajectory.streams` (nan: this call is not paid by it).
+    per_token: additive token terms by stream name, each [num_tokens of that stream]; empty for most methods.
+    metrics: plain numbers to average and log ("em", "f1", ...), never learned from.
+    """
+
+    per_call: dict[str, list[float]]
+    per_token: dict[str, np.ndarray] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+Reward = Callable[[Group], list[Paid]]

@@ -1,0 +1,229 @@
+"""The one device program of sampling: cache appended tokens (gathered chunked prefill), then decode a burst.
+
+The host owns pages, tokens and decisions; the device owns arithmetic. Everything the device must know for a round
+comes in an `Inbox` of fixed shapes, so the program is compiled once per base model. The whole program runs inside one
+`shard_map` over `data`: streams, pages and slots of a data shard never look at another shard's, and loops end when a
+shard's own work does. The `model` axis stays automatic.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from kernels.uncertainty.api import uncertainty
+from rlrag.mesh import DATA
+from rlrag.model.architecture import Architecture
+from rlrag.model.attention import attend
+from rlrag.model.transformer import DecodeWeights, extend
+from rlrag.rollout import cache as kv
+from rlrag.rollout.cache import Cache
+from rlrag.rollout.sampling import Controls, sample
+
+RUNNING, STOPPED, ENDED, LIMITED = 0, 1, 2, 3  # why a slot's burst is over
+
+
+@dataclass(frozen=True)
+class Spec:
+    """Static sizes of the program, over all data shards together where a shard dimension exists."""
+
+    num_slots: int  # decode lanes
+    num_pages: int
+    page_size: int
+    max_tokens: int  # of a stream: prompt, documents and answers together; a multiple of page_size
+    burst: int  # decode steps a round at most
+    prefill_rows: int
+    prefill_chunk: int  # tokens a row and chunk
+    prefill_chunks: int  # chunks a round at most
+    num_kept: int  # capacity of filtered sets (top-k, top-p, allowed ids); 0: filters cannot be used
+
+    @property
+    def pages_per_stream(self) -> int:
+        return self.max_tokens // self.page_size
+
+
+class Prefill(NamedTuple):
+    """Tokens to cache. A row's later chunk may follow in a later entry of J: entries run in order."""
+
+    tokens: jax.Array  # int [J, R, C]
+    start: jax.Array  # int [J, R] position of the first
+    count: jax.Array  # int [J, R] 0: empty row
+    table: jax.Array  # int [J, R, n]
+    num_chunks: jax.Array  # int [shards] how many of J are in use
+
+
+class Decode(NamedTuple):
+    """One row per slot. `token` is the newest token of the stream, at `position`: sampled or appended, not yet cached."""
+
+    token: jax.Array  # int [B]
+    position: jax.Array  # int [B]
+    limit: jax.Array  # int [B] tokens this call may still emit; 0: idle slot
+    table: jax.Array  # int [B, n]
+    stop_state: jax.Array  # int [B]
+    stream: jax.Array  # uint32 [B] names the stream: part of the sampling key
+    once: jax.Array  # bool [B] emitted ids are struck from `allowed`
+    controls: Controls
+
+
+class Inbox(NamedTuple):
+    prefill: Prefill
+    decode: Decode
+
+
+class Outbox(NamedTuple):
+    """Per slot what the burst emitted; entries from `count` on are meaningless."""
+
+    tokens: jax.Array  # int [B, N]
+    logp: jax.Array  # float [B, N]
+    entropy: jax.Array  # float [B, N]
+    certainty: jax.Array  # float [B, N]
+    margin: jax.Array  # float [B, N]
+    kept: jax.Array  # int [B, N, K]
+    count: jax.Array  # int [B]
+    reason: jax.Array  # int [B] RUNNING, STOPPED, ENDED or LIMITED
+    stop_state: jax.Array  # int [B]
+    steps: jax.Array  # int [shards] decode steps run
+
+
+@flax.struct.dataclass
+class Burst:
+    """Loop state of a burst."""
+
+    step: jax.Array
+    view: Cache
+    token: jax.Array
+    stop_state: jax.Array
+    reason: jax.Array
+    count: jax.Array
+    allowed: jax.Array
+    out: tuple[jax.Array, ...]
+
+
+def prefill(weights: DecodeWeights, cache: Cache, inbox: Prefill, spec: Spec, a: Architecture) -> Cache:
+    """Cache appended tokens, chunk after chunk; the last layer's hidden states are not needed and not computed."""
+    capacity = cache.keys[0].shape[0]
+
+    def chunk(j: jax.Array, cache: Cache) -> Cache:
+        tokens, start, count, table = inbox.tokens[j], inbox.start[j], inbox.count[j], inbox.table[j]
+        offset = jnp.arange(tokens.shape[1])
+        positions = start[:, None] + offset
+        inside = offset < count[:, None]
+        past = capacity + jnp.arange(tokens.size).reshape(tokens.shape)
+        index = jnp.where(inside, kv.token_index(table, positions, spec.page_size), past)
+        visible = jnp.arange(spec.max_tokens) <= positions[..., None]
+        keys, values = list(cache.keys), list(cache.values)
+
+        def mix(number: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+            keys[number] = kv.scatter(cache.keys[number], index, k)
+            values[number] = kv.scatter(cache.values[number], index, v)
+            key_view = kv.gather(keys[number], table, spec.page_size)
+            return attend(q, key_view, kv.gather(values[number], table, spec.page_size), visible)
+
+        extend(weights, a, tokens, positions, mix)
+        return Cache(tuple(keys), tuple(values))
+
+    return jax.lax.fori_loop(0, inbox.num_chunks[0], chunk, cache)
+
+
+def burst(
+    weights: DecodeWeights, cache: Cache, inbox: Decode, stops: jax.Array, accepting: jax.Array, root: jax.Array,
+    end_id: int, spec: Spec, a: Architecture,
+) -> tuple[Cache, Outbox]:  # fmt: skip
+    """Decode until every slot has stopped or `spec.burst` steps are done."""
+    B, N = inbox.token.shape[0], spec.burst
+    keys = jax.vmap(partial(jax.random.fold_in, root))(inbox.stream)
+    view = Cache(*(tuple(kv.gather(store, inbox.table, spec.page_size) for store in half) for half in cache))
+
+    def cond(s: Burst) -> jax.Array:
+        return (s.step < N) & jnp.any(s.reason == RUNNING)
+
+    def body(s: Burst) -> Burst:
+        live = s.reason == RUNNING
+        position = inbox.position + s.count  # of the token that goes in
+        visible = (jnp.arange(spec.max_tokens) <= position[:, None])[:, None]
+        target = jnp.where(live, position, spec.max_tokens)[:, None]
+        key_view, value_view = list(s.view.keys), list(s.view.values)
+
+        def mix(number: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+            key_view[number] = kv.write(key_view[number], target, k)
+            value_view[number] = kv.write(value_view[number], target, v)
+            return attend(q, key_view[number], value_view[number], visible)
+
+        hidden = extend(weights, a, s.token[:, None], position[:, None], mix)[:, 0]
+        logits = jnp.einsum("bd,vd->bv", hidden, weights.output_head, preferred_element_type=jnp.float32)
+        controls = inbox.controls._replace(allowed=s.allowed)
+        uniform = jax.vmap(lambda key, at: jax.random.uniform(jax.random.fold_in(key, at)))(keys, position + 1)
+        token, kept = sample(logits, uniform, controls)
+        stats = uncertainty(logits, token, controls.temperature, kept, masked=False)
+        new = (token, stats.log_prob, stats.entropy, stats.certainty, stats.margin, kept)
+        out = tuple(jax.lax.dynamic_update_slice_in_dim(old, x[:, None], s.step, 1) for old, x in zip(s.out, new))
+        stop_state = jnp.where(live, stops[s.stop_state, token].astype(jnp.int32), s.stop_state)
+        count = s.count + live
+        reason = jnp.where(count >= inbox.limit, LIMITED, RUNNING)
+        reason = jnp.where(token == end_id, ENDED, reason)
+        reason = jnp.where(accepting[stop_state], STOPPED, reason)
+        struck = inbox.once[:, None] & live[:, None] & (s.allowed == token[:, None])
+        return Burst(
+            step=s.step + 1,
+            view=Cache(tuple(key_view), tuple(value_view)),
+            token=jnp.where(live, token, s.token),
+            stop_state=stop_state,
+            reason=jnp.where(live, reason, s.reason),
+            count=count,
+            allowed=jnp.where(struck, -1, s.allowed),
+            out=out,
+        )
+
+    numbers = [jnp.zeros((B, N), dtype) for dtype in (jnp.int32, *[jnp.float32] * 4)]
+    start = Burst(
+        step=jnp.int32(0),
+        view=view,
+        token=inbox.token,
+        stop_state=inbox.stop_state,
+        reason=jnp.where(inbox.limit > 0, RUNNING, LIMITED),
+        count=jnp.zeros(B, jnp.int32),
+        allowed=inbox.controls.allowed,
+        out=(*numbers, jnp.full((B, N, spec.num_kept), -1, jnp.int32)),
+    )
+    s = jax.lax.while_loop(cond, body, start)
+
+    # A live slot cached the token at `position` and all it emitted but the newest: `count` tokens from `position` on.
+    positions = inbox.position[:, None] + jnp.arange(N)
+    index = kv.token_index(inbox.table, positions, spec.page_size)
+    past = cache.keys[0].shape[0] + jnp.arange(B * N).reshape(B, N)
+    index = jnp.where(jnp.arange(N) < s.count[:, None], index, past)
+    stored = [
+        tuple(kv.scatter(store, index, kv.read(half, positions)) for store, half in zip(stores, halves))
+        for stores, halves in zip(cache, s.view)
+    ]
+    return Cache(*stored), Outbox(*s.out, s.count, s.reason, s.stop_state, s.step[None])
+
+
+def build_advance(spec: Spec, a: Architecture, end_id: int, mesh: Mesh):
+    """The jitted program: advance(weights, cache, inbox, stops, accepting, root) -> (cache, outbox); cache donated."""
+
+    def advance(weights, cache, inbox: Inbox, stops, accepting, root):
+        cache = prefill(weights, cache, inbox.prefill, spec, a)
+        return burst(weights, cache, inbox.decode, stops, accepting, root, end_id, spec, a)
+
+    shard, whole, chunks = PartitionSpec(DATA), PartitionSpec(), PartitionSpec(None, DATA)
+    inbox_specs = Inbox(
+        prefill=Prefill(chunks, chunks, chunks, chunks, num_chunks=shard),
+        decode=Decode(*[shard] * 7, controls=Controls(*[shard] * 4)),
+    )
+    mapped = jax.shard_map(
+        advance,
+        mesh=mesh,
+        in_specs=(whole, shard, inbox_specs, whole, whole, whole),
+        out_specs=(shard, shard),
+        axis_names={DATA},
+        check_vma=False,  # never differentiated
+    )
+    # Every input's sharding is spelled out: numpy arrays then land in place, and one compilation serves all calls.
+    host = jax.tree.map(lambda s: NamedSharding(mesh, s), inbox_specs, is_leaf=lambda x: isinstance(x, PartitionSpec))
+    replicated = NamedSharding(mesh, whole)
+    return jax.jit(mapped, in_shardings=(None, None, host, replicated, replicated, replicated), donate_argnums=1)

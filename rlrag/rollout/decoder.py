@@ -1,0 +1,415 @@
+"""The host side of one base model: streams get pages, prefill rows and decode slots, round after round.
+
+A *slot* is a decode lane; a *stream* owns pages. A stream that stops (waiting for a search, a partner, its turn) keeps
+its pages and gives the slot up; a ready stream takes it. When pages run out, a waiting stream's are taken and its
+tokens, which the host has, are cached again when it goes on.
+"""
+
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from rlrag.agents.workflow import Allowed, Sampling
+from rlrag.mesh import DATA
+from rlrag.model.architecture import Architecture
+from rlrag.model.transformer import DecodeWeights
+from rlrag.rollout import advance as device
+from rlrag.rollout import cache as kv
+from rlrag.rollout.advance import Decode, Inbox, Outbox, Prefill, Spec
+from rlrag.rollout.pages import ROOT, Pages, chain
+from rlrag.rollout.sampling import Controls
+from rlrag.rollout.stops import StopTable
+
+WAITING, PENDING, LIVE = "waiting", "pending", "live"  # of a stream: nothing asked, asked, in a slot
+
+
+@dataclass(slots=True, eq=False)
+class CachedStream:
+    """A stream as the rollout sees it: its tokens, which of them are cached, and the call in progress."""
+
+    uid: int  # uint32, names the stream in sampling keys
+    shard: int
+    capacity: int
+    tokens: np.ndarray  # int32 [capacity]
+    length: int = 0
+    cached: int = 0
+    pages: list[int] = field(default_factory=list)
+    names: list[bytes] = field(default_factory=list)  # chain of the full pages among `pages`
+    status: str = WAITING
+    call: "Call | None" = None
+    since: int = 0  # round its status began in; the youngest waiting stream loses its pages first
+
+    def append(self, tokens: Sequence[int]) -> None:
+        count = len(tokens)
+        if self.length + count > self.capacity:
+            raise ValueError(
+                f"a stream would hold {self.length + count} tokens, rollout.max_tokens is {self.capacity}: "
+                "raise it or lower the workflow's limits"
+            )
+        self.tokens[self.length : self.length + count] = tokens
+        self.length += count
+
+
+@dataclass(slots=True, eq=False)
+class Call:
+    """One Generate being served, and what it has emitted so far."""
+
+    ticket: Any  # handed back with the finished call
+    limit: int  # tokens it may emit in all
+    stop_state: int
+    sampling: Sampling
+    allowed: list[int] | None
+    once: bool
+    reason: int = device.RUNNING
+    num_emitted: int = 0
+    parts: list[tuple[np.ndarray, ...]] = field(default_factory=list)
+
+    def emitted(self) -> tuple[np.ndarray, ...]:
+        """tokens, logp, entropy, certainty, margin [n], kept [n, K]."""
+        return tuple(np.concatenate(column) for column in zip(*self.parts))
+
+
+@dataclass
+class Usage:
+    """What the device did, in counts that add up over rounds."""
+
+    rounds: int = 0
+    decode_steps: int = 0  # summed over data shards
+    lane_steps: int = 0  # decode steps x slots: what was paid
+    live_lane_steps: int = 0  # lane steps that emitted a token
+    wasted_lane_steps: int = 0  # lane steps of a burst after its slot had stopped
+    prefill_tokens: int = 0
+    shared_tokens: int = 0  # found in the cache instead of computed
+    evictions: int = 0
+    device_s: float = 0.0
+    scheduling_s: float = 0.0
+
+    def __sub__(self, other: "Usage") -> "Usage":
+        return Usage(**{f.name: getattr(self, f.name) - getattr(other, f.name) for f in fields(self)})
+
+
+class Decoder:
+    """Rollout of one base model on a mesh. Not thread-safe: one dispatch thread drives it."""
+
+    def __init__(self, a: Architecture, spec: Spec, vocabulary: Sequence[bytes], end_id: int, mesh: Mesh, max_stop_states: int = 64):  # fmt: skip # noqa: E501
+        self.shards = mesh.shape[DATA]
+        check(spec, self.shards)
+        self.architecture, self.spec, self.mesh = a, spec, mesh
+        # The model's vocabulary may be padded beyond the tokenizer's: padding ids have no bytes.
+        padded = list(vocabulary) + [b""] * (a.vocab_size - len(vocabulary))
+        self.stops = StopTable(padded, max_stop_states)
+        self._stops_on_device: tuple[int, tuple[jax.Array, jax.Array]] | None = None
+        self.advance = device.build_advance(spec, a, end_id, mesh)
+        with jax.set_mesh(mesh):
+            self._cache = jax.jit(lambda: kv.empty(a, spec.num_pages, spec.page_size))()
+        self.pages = [Pages(spec.num_pages // self.shards, spec.page_size) for _ in range(self.shards)]
+        slots = spec.num_slots // self.shards
+        self._slots: list[list[CachedStream | None]] = [[None] * slots for _ in range(self.shards)]
+        self._pending: list[deque[CachedStream]] = [deque() for _ in range(self.shards)]
+        self._streams: list[dict[CachedStream, None]] = [{} for _ in range(self.shards)]  # oldest first
+        self._touched: set[CachedStream] = set()  # got prefill rows this round: their pages are spoken for
+        self._outbox: Outbox | None = None
+        self._weights: DecodeWeights | None = None
+        self._root: jax.Array | None = None
+        self.usage = Usage()
+
+    # -- streams ------------------------------------------------------------------------------------------------
+
+    def start(self, weights: DecodeWeights, root: jax.Array) -> None:
+        """Begin a rollout with these weights; what older weights cached is forgotten."""
+        assert self.idle, "a rollout is still running"
+        self._weights, self._root = weights, root
+        for pages in self.pages:
+            pages.forget_contents()
+
+    def open(self, uid: int, shard: int) -> CachedStream:
+        stream = CachedStream(uid, shard, self.spec.max_tokens, np.zeros(self.spec.max_tokens, np.int32))
+        self._streams[shard][stream] = None
+        return stream
+
+    def close(self, stream: CachedStream) -> None:
+        self.pages[stream.shard].release(stream.pages)
+        stream.pages, stream.cached = [], 0
+        del self._streams[stream.shard][stream]
+
+    def submit(self, stream: CachedStream, ticket: Any, stop: tuple[str, ...], limit: int, sampling: Sampling, allowed: Allowed | None) -> bool:  # fmt: skip # noqa: E501
+        """Ask for tokens. False when the stream is full or the limit is 0: nothing can be emitted."""
+        limit = min(limit, stream.capacity - stream.length)
+        assert stream.status == WAITING and stream.length > 0
+        if limit <= 0:
+            return False
+        K = self.spec.num_kept
+        wanted = max(sampling.top_k, len(allowed.ids) if allowed else 0, 1 if sampling.top_p < 1 else 0)
+        if wanted > K:
+            raise ValueError(
+                f"sampling needs a filtered set of {wanted} ids (top_k {sampling.top_k}, top_p {sampling.top_p}, "
+                f"{len(allowed.ids) if allowed else 0} allowed), rollout.num_kept is {K}: raise it"
+            )
+        if allowed and (not allowed.ids or max(allowed.ids) >= self.architecture.vocab_size or min(allowed.ids) < 0):
+            raise ValueError(f"allowed ids must lie in 0 ... {self.architecture.vocab_size - 1}, got {allowed.ids}")
+        once = allowed is not None and allowed.once
+        limit = min(limit, len(allowed.ids)) if once else limit
+        ids = list(dict.fromkeys(allowed.ids)) if allowed else None
+        stream.call = Call(ticket, limit, self.stops.start(stop), sampling, ids, once)
+        stream.status, stream.since = PENDING, self.usage.rounds
+        self._pending[stream.shard].append(stream)
+        return True
+
+    @property
+    def idle(self) -> bool:
+        return self._outbox is None and not any(self._pending) and not any(any(s) for s in self._slots)
+
+    def load(self, shard: int) -> int:
+        """Streams open on a shard."""
+        return len(self._streams[shard])
+
+    def abandon(self) -> None:
+        """Drop all calls in progress; streams stay open until closed."""
+        self._outbox = None
+        for shard, slots in enumerate(self._slots):
+            self._pending[shard].clear()
+            slots[:] = [None] * len(slots)
+            for stream in self._streams[shard]:
+                stream.status, stream.call = WAITING, None
+
+    # -- rounds -------------------------------------------------------------------------------------------------
+
+    def launch(self) -> bool:
+        """Schedule and dispatch one round; False when there is nothing to do. Does not wait for the device."""
+        assert self._outbox is None
+        if self.idle:
+            return False
+        begin = time.perf_counter()
+        inbox = self._schedule()
+        stops, accepting = self._stop_table()
+        self.usage.scheduling_s += time.perf_counter() - begin
+        with jax.set_mesh(self.mesh):
+            self._cache, self._outbox = self.advance(self._weights, self._cache, inbox, stops, accepting, self._root)
+        return True
+
+    def collect(self) -> list[tuple[CachedStream, Call]]:
+        """Wait for the round; the calls that ended in it."""
+        assert self._outbox is not None
+        begin = time.perf_counter()
+        out = Outbox(*jax.device_get(self._outbox))
+        self._outbox = None
+        self.usage.device_s += time.perf_counter() - begin
+        finished = []
+        slots_per_shard = self.spec.num_slots // self.shards
+        for shard, slots in enumerate(self._slots):
+            steps = int(out.steps[shard])
+            self.usage.decode_steps += steps
+            self.usage.lane_steps += steps * slots_per_shard
+            for lane, stream in enumerate(slots):
+                if stream is None:
+                    continue
+                row = shard * slots_per_shard + lane
+                self._take(stream, out, row)
+                emitted = int(out.count[row])
+                self.usage.live_lane_steps += emitted
+                self.usage.wasted_lane_steps += steps - emitted
+                call = stream.call
+                assert call is not None
+                if call.reason != device.RUNNING:
+                    slots[lane], stream.call = None, None
+                    stream.status, stream.since = WAITING, self.usage.rounds
+                    finished.append((stream, call))
+        self.usage.rounds += 1
+        return finished
+
+    def _take(self, stream: CachedStream, out: Outbox, row: int) -> None:
+        """Record what a slot emitted."""
+        call, n = stream.call, int(out.count[row])
+        assert call is not None
+        columns = (out.tokens, out.logp, out.entropy, out.certainty, out.margin, out.kept)
+        call.parts.append(tuple(column[row, :n].copy() for column in columns))
+        call.num_emitted += n
+        call.stop_state, call.reason = int(out.stop_state[row]), int(out.reason[row])
+        tokens = out.tokens[row, :n]
+        if call.once and call.allowed is not None:
+            call.allowed = [id for id in call.allowed if id not in tokens]
+        # All but the newest are cached: that one goes in with the next step.
+        stream.cached = stream.length + n - 1
+        stream.append(tokens)
+        self._name_pages(stream)
+
+    def _schedule(self) -> Inbox:
+        spec, shards = self.spec, self.shards
+        J, R, C = spec.prefill_chunks, spec.prefill_rows, spec.prefill_chunk
+        B, n, K = spec.num_slots, spec.pages_per_stream, spec.num_kept
+        prefill = Prefill(
+            tokens=np.zeros((J, R, C), np.int32), start=np.zeros((J, R), np.int32), count=np.zeros((J, R), np.int32),
+            table=np.zeros((J, R, n), np.int32), num_chunks=np.zeros(shards, np.int32),
+        )  # fmt: skip
+        controls = Controls(
+            np.ones(B, np.float32), np.zeros(B, np.int32), np.ones(B, np.float32), np.full((B, K), -1, np.int32)
+        )  # type: ignore[arg-type]  # numpy on the way to the device
+        decode = Decode(
+            token=np.zeros(B, np.int32), position=np.zeros(B, np.int32), limit=np.zeros(B, np.int32),
+            table=np.zeros((B, n), np.int32), stop_state=np.zeros(B, np.int32), stream=np.zeros(B, np.uint32),
+            once=np.zeros(B, bool), controls=controls,
+        )  # fmt: skip
+        for shard in range(shards):
+            self._schedule_shard(shard, prefill, R // shards)
+            for lane, stream in enumerate(self._slots[shard]):
+                if stream is not None:
+                    fill(decode, shard * (B // shards) + lane, stream)
+        return Inbox(prefill, decode)
+
+    def _schedule_shard(self, shard: int, prefill: Prefill, rows: int) -> None:
+        """Give live streams pages for a burst, then waiting calls prefill rows and free slots, in order of arrival."""
+        slots, spec = self._slots[shard], self.spec
+        for lane, stream in enumerate(slots):
+            if stream is not None and not self._reserve(stream, stream.length + spec.burst):
+                # No page is left to take from anyone waiting: the call goes on when others have ended.
+                slots[lane] = None
+                self._evict(stream)
+                stream.status = PENDING
+                self._pending[shard].appendleft(stream)
+        self._touched.clear()
+        used = np.zeros(spec.prefill_chunks, np.int32)  # rows per chunk
+        ready_chunk: dict[int, int] = {}  # page -> chunk of this round that completes it
+        free = deque(lane for lane, stream in enumerate(slots) if stream is None)
+        queue, self._pending[shard] = self._pending[shard], deque()
+        while queue:
+            stream = queue.popleft()
+            if not free or not self._reserve(stream, stream.length + spec.burst):
+                self._pending[shard].append(stream)
+                self._pending[shard].extend(queue)
+                break
+            if self._prefill(stream, prefill, shard * rows, rows, used, ready_chunk):
+                slots[free.popleft()] = stream
+                stream.status = LIVE
+            else:
+                self._pending[shard].append(stream)
+        prefill.num_chunks[shard] = int(np.count_nonzero(used))
+        if all(stream is None for stream in slots) and not used.any() and self._pending[shard]:
+            raise ValueError(
+                f"a stream of {self._pending[shard][0].length} tokens does not fit {spec.num_pages // self.shards} "
+                f"pages of {spec.page_size}: raise rollout.num_pages"
+            )
+
+    def _prefill(self, stream: CachedStream, prefill: Prefill, first_row: int, rows: int, used: np.ndarray, ready_chunk: dict[int, int]) -> bool:  # fmt: skip # noqa: E501
+        """Put the uncached tokens, all but the newest, into chunks. True when they all fit this round."""
+        spec, C = self.spec, self.spec.prefill_chunk
+        j = self._share(stream, ready_chunk)
+        end = stream.length - 1
+        while stream.cached < end:
+            while j < len(used) and used[j] == rows:
+                j += 1
+            if j >= len(used):
+                return False
+            self._touched.add(stream)
+            row, count = first_row + int(used[j]), min(C, end - stream.cached)
+            prefill.tokens[j, row, :count] = stream.tokens[stream.cached : stream.cached + count]
+            prefill.start[j, row], prefill.count[j, row] = stream.cached, count
+            prefill.table[j, row, : len(stream.pages)] = stream.pages
+            used[j] += 1
+            stream.cached += count
+            self.usage.prefill_tokens += count
+            for page in self._name_pages(stream):
+                ready_chunk[page] = j
+            j += 1
+        return True
+
+    def _share(self, stream: CachedStream, ready_chunk: dict[int, int]) -> int:
+        """Take whole cached pages of the same tokens in place of computing them. Returns the first chunk that may read
+        them: one after the chunk of this very round that completes the last of them."""
+        size, pages, chunk = self.spec.page_size, self.pages[stream.shard], 0
+        while stream.cached == len(stream.names) * size and stream.cached + size <= stream.length - 1:
+            number = len(stream.names)
+            name = chain(stream.names[-1] if stream.names else ROOT, stream.tokens[number * size : (number + 1) * size])
+            page = pages.share(name)
+            if page is None:
+                break
+            if number < len(stream.pages):
+                pages.release([stream.pages[number]])
+                stream.pages[number] = page
+            else:
+                stream.pages.append(page)
+            stream.names.append(name)
+            stream.cached += size
+            self.usage.shared_tokens += size
+            chunk = max(chunk, ready_chunk.get(page, -1) + 1)
+        return chunk
+
+    def _name_pages(self, stream: CachedStream) -> list[int]:
+        """Name the pages that have become full; returns them."""
+        size, pages, named = self.spec.page_size, self.pages[stream.shard], []
+        while (len(stream.names) + 1) * size <= stream.cached:
+            number = len(stream.names)
+            name = chain(stream.names[-1] if stream.names else ROOT, stream.tokens[number * size : (number + 1) * size])
+            stream.names.append(name)
+            pages.name(stream.pages[number], name)
+            named.append(stream.pages[number])
+        return named
+
+    def _reserve(self, stream: CachedStream, num_tokens: int) -> bool:
+        """Pages for `num_tokens` tokens, taken from waiting streams if need be."""
+        needed = -(-min(num_tokens, stream.capacity) // self.spec.page_size) - len(stream.pages)
+        if needed <= 0:
+            return True
+        pages = self.pages[stream.shard]
+        while pages.num_free < needed:
+            held = self._touched | {stream}
+            idle = [s for s in self._streams[stream.shard] if s.status != LIVE and s.pages and s not in held]
+            if not idle:
+                return False
+            # Waiting streams before pending ones, the youngest first: the oldest are about to go on.
+            self._evict(max(idle, key=lambda s: (s.status == WAITING, s.since)))
+            self.usage.evictions += 1
+        taken = pages.take(needed)
+        assert taken is not None
+        stream.pages += taken
+        return True
+
+    def _evict(self, stream: CachedStream) -> None:
+        self.pages[stream.shard].release(stream.pages)
+        stream.pages, stream.names, stream.cached = [], [], 0
+
+    def _stop_table(self) -> tuple[jax.Array, jax.Array]:
+        if self._stops_on_device is None or self._stops_on_device[0] != self.stops.version:
+            replicated = jax.sharding.NamedSharding(self.mesh, jax.sharding.PartitionSpec())
+            # Copies: on CPU the device array may alias the numpy table, which grows.
+            arrays = jax.device_put((self.stops.table.copy(), self.stops.accepting.copy()), replicated)
+            self._stops_on_device = (self.stops.version, arrays)
+        return self._stops_on_device[1]
+
+
+def fill(decode: Decode, row: int, stream: CachedStream) -> None:
+    """One slot's row of the inbox."""
+    call = stream.call
+    assert call is not None and stream.cached == stream.length - 1
+    decode.token[row] = stream.tokens[stream.length - 1]
+    decode.position[row] = stream.length - 1
+    decode.limit[row] = call.limit - call.num_emitted
+    decode.table[row, : len(stream.pages)] = stream.pages
+    decode.stop_state[row] = call.stop_state
+    decode.stream[row] = stream.uid
+    decode.once[row] = call.once
+    controls = decode.controls
+    controls.temperature[row] = call.sampling.temperature
+    controls.top_k[row] = call.sampling.top_k
+    controls.top_p[row] = call.sampling.top_p
+    if call.allowed is not None:
+        controls.allowed[row, : len(call.allowed)] = call.allowed
+
+
+def check(spec: Spec, shards: int) -> None:
+    """Raise ValueError, naming the value, where the sizes cannot work."""
+    for name in ("num_slots", "num_pages", "prefill_rows"):
+        if getattr(spec, name) % shards or getattr(spec, name) < shards:
+            raise ValueError(f"rollout.{name} is {getattr(spec, name)}: make it a multiple of the {shards} data shard(s)")
+    if spec.max_tokens % spec.page_size:
+        raise ValueError(f"rollout.max_tokens {spec.max_tokens} is not a multiple of page_size {spec.page_size}")
+    if spec.num_pages // shards < spec.pages_per_stream:
+        raise ValueError(
+            f"rollout.num_pages is {spec.num_pages} over {shards} shard(s), one stream of max_tokens {spec.max_tokens} "
+            f"needs {spec.pages_per_stream} pages on its shard: raise num_pages"
+        )
