@@ -137,7 +137,7 @@ def cases(size: str, platform: str) -> Iterator[Case]:
     if size == "quick":
         heads, recurrences = [arg_specs.DEMO.scaled(8)], [arg_specs.RECURRENCES[0]]
     elif size == "scaled":
-        heads = [arg_specs.DEMO, arg_specs.HEADS[0].scaled(8), arg_specs.HEADS[4].scaled(16)]
+        heads = [arg_specs.DEMO, arg_specs.HEADS[0].scaled(16), arg_specs.HEADS[4].scaled(16)]
         recurrences = arg_specs.RECURRENCES[:2]
     else:
         heads, recurrences = [arg_specs.DEMO, *arg_specs.HEADS], arg_specs.RECURRENCES
@@ -176,7 +176,7 @@ def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m kernels.bench", description="Times every kernel implementation.")
     parser.add_argument("--quick", action="store_true", help="small shapes, a few seconds")
     parser.add_argument("--full", action="store_true", help="real shapes, the default on an accelerator")
-    parser.add_argument("--repeats", type=int, default=7, help="timed calls of each implementation")
+    parser.add_argument("--repeats", type=int, default=5, help="timed calls of each implementation")
     options = parser.parse_args(arguments)
     platform = dispatch.current_platform()
     default = "scaled" if platform == "cpu" else "full"

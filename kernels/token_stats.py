@@ -187,10 +187,10 @@ def filtered_log_prob(logits: Array, lse: Array, kept: Array) -> Array:
     """
     if kept.shape[-1] == 0:
         return logits - lse
-    used = kept > -jnp.inf
-    filtered = used.any(-1)
-    # Unused places are replaced, not only weighted by 0, so that their gradient is 0 and not NaN.
-    maximum = lax.stop_gradient(jnp.where(filtered, kept.max(-1), 0))
-    exponentials = jnp.where(used, jnp.exp(jnp.where(used, kept, maximum[..., None]) - maximum[..., None]), 0).sum(-1)
+    largest = lax.stop_gradient(kept.max(-1))
+    filtered = largest > -jnp.inf
+    # Rows without a kept set go through finite numbers, so that their gradient is 0 and not NaN.
+    maximum = jnp.where(filtered, largest, 0)
+    exponentials = jnp.exp(kept - maximum[..., None]).sum(-1)
     kept_lse = maximum + jnp.log(jnp.where(filtered, exponentials, 1))
     return logits - jnp.where(filtered, kept_lse, lse)

@@ -15,18 +15,17 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from absl import app, flags, logging
+from absl import flags
 
+from launch.flags import Mistake, run
 from rlrag.data.sources import read_examples, to_record
 
 VERSION = "1.0.0"
-
-FLAGS = flags.FLAGS
 
 
 def prepare(
@@ -121,38 +120,40 @@ def _read_digest(directory: Path) -> str | None:
         return None  # not ours
 
 
-def define_flags() -> None:
-    """Called where this file is the program and not on import, so that programs with flags of one name can meet."""
-    flags.DEFINE_multi_string("data", None, "File of questions; give it once for each split.", required=True)
-    flags.DEFINE_multi_string("split", ["train"], "Split that the file becomes; as many as --data.")
-    flags.DEFINE_string("name", None, "Name of the dataset: small letters, digits and underscores.", required=True)
-    flags.DEFINE_string("out", None, "TFDS data directory; the dataset goes to OUT/NAME/1.0.0.", required=True)
-    flags.DEFINE_string("format", None, "Format of the rows (rlrag/data/formats.py); default: told from the first row.")
-    flags.DEFINE_bool("overwrite", False, "Replace a dataset of that name that was made from other files.")
+def define_flags(values: flags.FlagValues, argv: Sequence[str]) -> None:
+    flags.DEFINE_multi_string("data", None, "File of questions; give it once for each split.", flag_values=values)
+    flags.DEFINE_multi_string("split", ["train"], "Split that the file becomes; as many as --data.", flag_values=values)
+    flags.DEFINE_string("name", None, "Name of the dataset: small letters, digits, underscores.", flag_values=values)
+    flags.DEFINE_string("out", None, "TFDS data directory; the dataset goes to OUT/NAME/1.0.0.", flag_values=values)
+    flags.DEFINE_string(
+        "format",
+        None,
+        "Format of the rows (rlrag/data/formats.py); default: told from the first row.",
+        flag_values=values,
+    )
+    flags.DEFINE_bool(
+        "overwrite", False, "Replace a dataset of that name that was made from other files.", flag_values=values
+    )
 
 
-def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        sys.exit(f"prepare_data takes flags only, not {argv[1]!r}: write --data={argv[1]}")
-    if len(FLAGS.split) != len(FLAGS.data):
-        sys.exit(f"{len(FLAGS.data)} --data but {len(FLAGS.split)} --split: give one --split for each --data")
-    if len(set(FLAGS.split)) != len(FLAGS.split):
-        sys.exit(f"--split is {', '.join(FLAGS.split)}: give each split one file")
-    logging.set_verbosity(logging.WARNING)
-    try:
-        splits = dict(zip(FLAGS.split, FLAGS.data))
-        target = prepare(splits, FLAGS.name, FLAGS.out, format=FLAGS.format, overwrite=FLAGS.overwrite)
-    except ValueError as error:
-        sys.exit(f"prepare_data: {error}")
-    except OSError as error:
-        sys.exit(f"prepare_data: {error.filename}: {error.strerror}; check --data and --out")
+def main(values: flags.FlagValues) -> None:
+    data, split = values.data, values.split
+    if len(split) != len(data):
+        raise Mistake(f"{len(data)} --data but {len(split)} --split: give one --split for each --data")
+    if len(set(split)) != len(split):
+        raise Mistake(f"--split is {', '.join(split)}: give each split one file")
+    target = prepare(dict(zip(split, data)), values.name, values.out, format=values.format, overwrite=values.overwrite)
     import tensorflow_datasets as tfds
 
     info = tfds.builder_from_directory(target).info
     counts = ", ".join(f"{split} {info.splits[split].num_examples}" for split in info.splits)
-    print(f"{target}: {counts} questions; read it with TfdsSource({FLAGS.name!r}, data_dir={FLAGS.out!r})")
+    print(f"{target}: {counts} questions; read it with TfdsSource({values.name!r}, data_dir={values.out!r})")
 
 
 if __name__ == "__main__":
-    define_flags()
-    app.run(main)
+    run(
+        main,
+        define_flags,
+        required={"data": "questions.json", "name": "hotpotqa", "out": "datasets"},
+        doc=__doc__,
+    )

@@ -50,3 +50,8 @@ class Batch:
     def trained(self) -> jax.Array:
         """float [..., T]: 1 where a loss may look."""
         return (self.act > 0).astype(self.weight.dtype)
+
+    @property
+    def sampled(self) -> jax.Array:
+        """float [..., T]: 1 where the policy chose the token, so that logp, entropy and certainty are known."""
+        return (self.act == 1).astype(self.weight.dtype)

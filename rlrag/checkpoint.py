@@ -1,15 +1,19 @@
 """Saving and restoring a run, Orbax behind one file.
 
 A checkpoint holds everything a resume needs: every model's train state, the stage's reference, and as JSON the stage,
-the step, the data cursor, the number of metrics rows and the resolved configuration. Orbax writes to a temporary name
-and renames, so a crash while saving leaves the previous checkpoint good.
+the step, the data cursor and the number of metrics rows. The resolved configuration lies beside the checkpoints. Orbax
+writes to a temporary name and renames, so a crash while saving leaves the previous checkpoint good.
 """
 
+import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 
@@ -22,6 +26,7 @@ class Checkpoints:
         self.directory = directory
 
     def save(self, step: int, arrays: Any, meta: dict[str, Any]) -> None:
+        """One more checkpoint; `step` must be greater than the latest's."""
         args = ocp.args.Composite(state=ocp.args.StandardSave(arrays), meta=ocp.args.JsonSave(meta))
         self._manager.save(step, args=args, force=True)
 
@@ -29,16 +34,51 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def meta(self, step: int) -> dict[str, Any]:
-        return self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+        """What was saved beside the arrays. ValueError where a checkpoint cannot be read, here and below."""
+        with self._told(step):
+            return self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
 
     def restore(self, step: int, like: Any) -> Any:
         """Arrays of a checkpoint in the tree, shapes and shardings of `like`."""
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
-        return self._manager.restore(step, args=args)["state"]
+        with self._told(step):
+            return self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))[
+                "state"
+            ]
+
+    def restore_params(self, step: int, like: Any) -> Any:
+        """The model's parameters alone, in the tree, shapes and shardings of `like`; optimizer state stays on disk."""
+        item = {"state": {"params": jax.tree.map(ocp.utils.to_shape_dtype_struct, like)}}
+        restore_args = ocp.checkpoint_utils.construct_restore_args(item)
+        args = ocp.args.PyTreeRestore(item=item, restore_args=restore_args, partial_restore=True)
+        with self._told(step):
+            return self._manager.restore(step, args=ocp.args.Composite(state=args))["state"]["state"]["params"]
+
+    @contextmanager
+    def _told(self, step: int) -> Iterator[None]:
+        """Whatever Orbax raises while it reads, in one line with a remedy."""
+        try:
+            yield
+        except Exception as error:
+            reason = str(error).strip().partition("\n")[0][:200] or type(error).__name__
+            others = [other for other in self._manager.all_steps() if other < step]
+            remedy = f"step {max(others)} is then the newest" if others else "the run then begins anew"
+            raise ValueError(
+                f"the checkpoint {self.directory / str(step)} cannot be read ({reason}): remove that directory, {remedy}"
+            ) from error
 
     def close(self) -> None:
         self._manager.close()
+
+
+def digest(params: Any) -> str:
+    """SHA-256 of every parameter's name, dtype, shape and bytes."""
+    total = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        value = np.asarray(jax.device_get(leaf))
+        total.update(f"{jax.tree_util.keystr(path)} {value.dtype} {value.shape}\n".encode())
+        total.update(value.tobytes())
+    return total.hexdigest()
 
 
 def load_config(directory: Path) -> dict[str, Any]:
@@ -46,4 +86,7 @@ def load_config(directory: Path) -> dict[str, Any]:
     path = directory / "config.json"
     if not path.exists():
         raise ValueError(f"{directory} holds no config.json: name the --workdir of a finished or running training")
-    return json.loads(path.read_text())
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON ({error}): put it right, or name another training") from None

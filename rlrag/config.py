@@ -5,6 +5,7 @@ Every field is one line with its unit. The resolved tree is saved as JSON beside
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,7 +36,7 @@ class Tokenizer:
 
     path: str = ""  # a tokenizer.json or a Hugging Face directory; empty: the world's own, or trained on the corpus
     train_vocab_size: int = 4096  # of a byte-level BPE trained on the corpus, where one is
-    cache: str = ""  # file that keeps a trained tokenizer; empty: beside the run
+    cache: str = ""  # directory that keeps a trained tokenizer; empty: the run's own
 
 
 @dataclass
@@ -44,6 +45,7 @@ class Retriever:
 
     kind: str = "world"  # "world": each question's own passages; "bm25": a corpus
     corpus: str = ""  # JSONL of {id, contents} or {id, title, text}, .gz allowed
+    passage_words: int = 0  # first words of a passage that a search returns; 0: all. All of it is searched
     cache_size: int = 65536  # queries remembered
     deadline_s: float = 30.0  # a slower search is answered by an error
     latency_s: float = 0.0  # injected, for measurements
@@ -120,7 +122,7 @@ class Update:
 class Stage:
     """One stage: how long, how many questions a step."""
 
-    steps: int = 0
+    steps: int = 0  # of the warm-up; the main stage's are `Experiment.steps`
     questions: int = 32  # a step
     group_size: int = 1  # samples a question
     until_metric: str = ""  # stop early when this validation metric ...
@@ -145,7 +147,7 @@ class Experiment:
     seed: int = 0
     steps: int = 200
     recipe: str = "rlrag.recipes.search_grpo:build"  # module:function from (Experiment, Parts) to stages
-    checkpoint_every: int = 50  # steps of the main stage
+    checkpoint_every: int = 50  # steps; the end of a stage is saved too
     model: Architecture = field(default_factory=Architecture)
     mesh: Mesh = field(default_factory=Mesh)
     data: Data = field(default_factory=Data)
@@ -158,6 +160,94 @@ class Experiment:
     main: Stage = field(default_factory=Stage)
 
 
+# Numbers are at least 0, but these at least 1. Mesh.data may be -1.
+AT_LEAST_1 = {
+    Experiment: "checkpoint_every",
+    Tokenizer: "train_vocab_size",
+    Rollout: "num_slots max_episodes page_size burst prefill_rows prefill_chunk prefill_chunks max_stop_states "
+    "search_threads search_batch",
+    Stage: "questions group_size",
+    Update: "row_tokens micro_rows max_micro epochs minibatches",
+    Mesh: "model",
+}
+AT_MOST_1 = {Sampling: "top_p", Update: "b1 b2 final_fraction clip_low"}
+ABOVE_0 = {Sampling: "top_p", Update: "learning_rate clip_norm", Retriever: "deadline_s"}
+CHOICES = {
+    Update: {"schedule": ("constant", "cosine", "linear"), "old_logp": ("sampler", "recompute")},
+    Retriever: {"kind": ("world", "bm25")},
+    Stage: {"until_metric": ("", "em", "f1", "answered", "recall")},
+}
+
+
+def check(experiment: Experiment) -> None:
+    """Raise ValueError, naming the field, its value and the remedy, for what is wrong whatever the data and devices.
+
+    It imports no JAX, so that a wrong value is told at once. What needs the data or the devices is checked where the
+    run is set up (rlrag/setup.py).
+    """
+    if not isinstance(experiment, Experiment):
+        raise ValueError(f"the configuration is a {type(experiment).__name__}: get_config must return an Experiment")
+    check_part(experiment, "")
+    try:
+        experiment.model.check()
+    except ValueError as error:
+        raise ValueError(f"model.{error}") from None
+    if experiment.main.steps:
+        raise ValueError(
+            f"main.steps is {experiment.main.steps}: the main stage is as long as --config.steps={experiment.steps} says"
+        )
+    for name, stage in (("warm_up", experiment.warm_up), ("main", experiment.main)):
+        if stage.until_metric and not stage.evaluate_every:
+            raise ValueError(
+                f"{name}.until_metric is {stage.until_metric!r} but {name}.evaluate_every 0: say after how many steps to look"
+            )
+        if stage.update.max_segments < 2:
+            raise ValueError(f"{name}.update.max_segments is {stage.update.max_segments}: give 2 or more")
+    check_sampling(experiment.rollout)
+
+
+def check_part(part: Any, prefix: str) -> None:
+    """Ranges and choices of every field of a part, and of the parts in it."""
+
+    def listed(table: dict[type, str], name: str) -> bool:
+        return name in table.get(type(part), "").split()
+
+    for f in dataclasses.fields(part):
+        name, value = prefix + f.name, getattr(part, f.name)
+        choices = CHOICES.get(type(part), {}).get(f.name)
+        if dataclasses.is_dataclass(value):
+            check_part(value, f"{name}.")
+        elif choices and value not in choices:
+            raise ValueError(f"{name} is {value!r}: choose {' or '.join(map(repr, choices))}")
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            if isinstance(part, Mesh) and f.name == "data" and value == -1:
+                continue
+            if not math.isfinite(value):
+                raise ValueError(f"{name} is {value}: give a finite number")
+            if listed(ABOVE_0, f.name) and value <= 0:
+                raise ValueError(f"{name} is {value}: give more than 0")
+            least = 1 if listed(AT_LEAST_1, f.name) or name == "mesh.data" else 0
+            if value < least:
+                raise ValueError(f"{name} is {value}: give at least {least}")
+            if listed(AT_MOST_1, f.name) and value > 1:
+                raise ValueError(f"{name} is {value}: give at most 1")
+
+
+def check_sampling(rollout: Rollout) -> None:
+    """Filtered sets need room, and a policy that learns must be able to choose."""
+    for name in ("train", "evaluate"):
+        sampling: Sampling = getattr(rollout, name)
+        needed = sampling.top_k or int(sampling.top_p < 1)
+        if needed > rollout.num_kept:
+            raise ValueError(
+                f"rollout.{name} keeps {f'top_k {sampling.top_k}' if sampling.top_k else f'top_p {sampling.top_p}'} but "
+                f"rollout.num_kept, the room for filtered sets, is {rollout.num_kept}: give "
+                f"--config.rollout.num_kept={needed if sampling.top_k else 64} or more"
+            )
+    if rollout.train.temperature == 0:
+        raise ValueError("rollout.train.temperature is 0: greedy episodes are all alike; give more than 0, such as 1.0")
+
+
 def to_dict(experiment: Experiment) -> dict[str, Any]:
     return dataclasses.asdict(experiment)
 
@@ -167,7 +257,7 @@ def to_json(experiment: Experiment) -> str:
 
 
 def from_dict(values: dict[str, Any], cls: type = Experiment) -> Any:
-    """The inverse of to_dict. ValueError names a field that does not exist, or has the wrong kind of value."""
+    """The inverse of to_dict. ValueError names a field that does not exist."""
     known = {f.name: f for f in dataclasses.fields(cls)}
     arguments = {}
     for name, value in values.items():

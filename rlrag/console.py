@@ -2,59 +2,88 @@
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 LINE_EVERY_S = 10.0  # where output is not a terminal
 
-console = Console(highlight=False, soft_wrap=True)
+console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
 
 
 def say(text: str) -> None:
-    console.print(text, markup=False)
+    console.print(text)
 
 
 class Bar:
     """Progress of one stage; `show` takes the numbers worth watching."""
 
-    def __init__(self, name: str, total: int, done: int, progress: Progress | None):
+    def __init__(self, name: str, total: int, done: int, progress: Progress | None, first_line_s: float):
         self.name, self.total, self.done = name, total, done
+        self._numbers: dict[str, str] = {}
         self._progress = progress
-        self._begin, self._first = time.monotonic(), done
-        self._line_at = self._begin  # the first line comes early
+        self._says_end = first_line_s == 0
+        self._line_at = time.monotonic() + first_line_s
+        self._since: tuple[float, int] | None = None  # when the first step had ended: it compiles, and tells no speed
         if progress:
-            self._task = progress.add_task(name, total=total, completed=done, numbers="")
+            self._task = progress.add_task(name, total=total, completed=done, numbers="", left="")
 
     def show(self, **numbers: str) -> None:
-        """Advance by one."""
+        """Advance by one. A number that is not given again keeps its value."""
         self.done += 1
-        text = "  ".join(f"{name} {value}" for name, value in numbers.items())
+        self._numbers |= numbers
+        text = "  ".join(f"{name} {value}" for name, value in self._numbers.items())
         now = time.monotonic()
+        left = self._left(now)
         if self._progress:
-            self._progress.update(self._task, completed=self.done, numbers=text)
-        elif now >= self._line_at or self.done == self.total:
+            self._progress.update(self._task, completed=self.done, numbers=text, left=left)
+        elif now >= self._line_at or (self.done == self.total and self._says_end):
             self._line_at = now + LINE_EVERY_S
-            left = (now - self._begin) / max(1, self.done - self._first) * (self.total - self.done)
-            say(f"{self.name} {self.done}/{self.total}  {text}  left {left:.0f} s")
+            say("  ".join(part for part in (f"{self.name} {self.done}/{self.total}", text, left) if part))
+
+    def _left(self, now: float) -> str:
+        """Time left, from the speed since the first step."""
+        if self._since is None:
+            self._since = now, self.done
+            return ""
+        begin, first = self._since
+        return clock((now - begin) / (self.done - first) * (self.total - self.done)) + " left"
 
 
 @contextmanager
-def bar(name: str, total: int, done: int = 0) -> Iterator[Bar]:
-    """A Bar for the length of a stage."""
+def bar(name: str, total: int, done: int = 0, first_line_s: float = 0.0) -> Iterator[Bar]:
+    """A Bar for the length of a stage. first_line_s: in a log, silence until then; what is over sooner says nothing."""
     if not sys.stdout.isatty():
-        yield Bar(name, total, done, None)
+        yield Bar(name, total, done, None, first_line_s)
         return
     columns = (
         TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
+        BarColumn(bar_width=None),
         MofNCompleteColumn(),
         TextColumn("{task.fields[numbers]}"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
+        TextColumn("{task.fields[left]}"),
     )
-    with Progress(*columns, console=console, refresh_per_second=4) as progress:
-        yield Bar(name, total, done, progress)
+    with Progress(*columns, console=console, refresh_per_second=4, expand=True) as progress:
+        yield Bar(name, total, done, progress, first_line_s)
+
+
+def clock(seconds: float) -> str:
+    """0:07, 12:34, 1:02:03."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
+
+
+def headline(values: Mapping[str, float]) -> dict[str, str]:
+    """The numbers of a step that are worth watching."""
+    shown = {}
+    if "rollout/tokens_per_s" in values:
+        shown |= {"reward": f"{values['reward']:.3f}", "EM": f"{values['em']:.3f}"}
+        shown |= {"searches": f"{values['searches']:.2f}", "tokens/s": f"{values['rollout/tokens_per_s']:,.0f}"}
+    elif "loss/nll" in values:
+        shown["nll"] = f"{values['loss/nll']:.3f}"
+    if "validation/em" in values:
+        shown["held-out EM"] = f"{values['validation/em']:.3f}"
+    return shown

@@ -1,33 +1,117 @@
-"""Held-out evaluation: greedy episodes, EM and F1 with bootstrap intervals, and what it cost."""
+"""Held-out evaluation: greedy episodes, EM and F1 with bootstrap intervals, the searches' recall, and what it cost."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
+from rlrag import config
 from rlrag.agents.workflow import Script, drive
-from rlrag.data.task import Task
-from rlrag.model.transformer import DecodeWeights
+from rlrag.checkpoint import Checkpoints, load_config
+from rlrag.console import Bar, bar
+from rlrag.data.task import Task, open_source, open_task
+from rlrag.mesh import make_mesh
+from rlrag.model.parameters import initialize, shardings
+from rlrag.model.transformer import DecodeWeights, pack
 from rlrag.recipes.recipe import Recipe
 from rlrag.retrieval.client import Index
 from rlrag.rewards.answer import exact_match, f1
 from rlrag.rollout.engine import Engine, Play
+from rlrag.setup import build_architecture, build_engine, build_stages
 from rlrag.trajectory import Example, Group, Trajectory
 
 CONFIDENCE = 0.95
 RESAMPLES = 2000
+RECALL_AT = (3, 10)  # passages a query, where a whole corpus is searched
+QUERIES_A_CALL = 64  # a retriever's deadline holds for each call
 
 
 def evaluate(
-    engine: Engine, weights: Mapping[str, DecodeWeights], examples: Sequence[Example], recipe: Recipe, seed: int = 0
+    engine: Engine,
+    weights: Mapping[str, DecodeWeights],
+    examples: Sequence[Example],
+    recipe: Recipe,
+    seed: int = 0,
+    progress: Callable[[dict[str, Any]], None] = lambda row: None,
 ) -> list[dict[str, Any]]:
-    """One evaluation-mode episode of each example; rows as `row` makes them, in example order."""
+    """One evaluation-mode episode of each example; rows as `row` makes them, in example order, each shown to
+    `progress`, with the recall of their searches (`search_recall`)."""
     play = Play(recipe.workflow, recipe.roles, mode="evaluate")
-    groups = engine.run(weights, examples, play, jax.random.key(seed))
-    return [row(group.trajectories[0]) for group in groups]
+    rows, trajectories = [], []
+    for group in engine.run(weights, examples, play, jax.random.key(seed)):
+        trajectories.append(group.trajectories[0])
+        rows.append(row(group.trajectories[0]))
+        progress(rows[-1])
+    assert engine.searcher is not None
+    return [r | found for r, found in zip(rows, search_recall(trajectories, engine.searcher), strict=True)]
+
+
+def evaluate_checkpoint(workdir: Path, data: str, format: str | None = None) -> list[dict[str, Any]]:
+    """Rows of the newest checkpoint in a run's directory on `data`: a file in any format (or a part of one,
+    `FILE?split=dev&n=100`), `tfds:NAME?...`, or `world:NAME?...` of the world it was trained on.
+
+    Raises ValueError, with the remedy, where there is no checkpoint, or data and checkpoint do not belong together.
+    """
+    experiment = config.from_dict(load_config(workdir))
+    directory = workdir / "checkpoints"
+    checkpoints = Checkpoints(directory) if directory.is_dir() else None
+    step = checkpoints.latest() if checkpoints else None
+    if checkpoints is None or step is None:
+        raise ValueError(f"{workdir} holds no checkpoint yet: let the training reach its first one")
+    task, examples = open_evaluation(experiment, workdir, data, format)
+    mesh = make_mesh(experiment.mesh.data, experiment.mesh.model)
+    with jax.set_mesh(mesh):
+        a = build_architecture(experiment, task)
+        like = jax.jit(lambda: initialize(a, jax.random.key(0)), out_shardings=shardings(a, mesh))()
+        weights = jax.jit(lambda params: pack(params, a))(checkpoints.restore_params(step, like))
+        checkpoints.close()
+        engine = build_engine(experiment, task, a, mesh)
+        recipe = build_stages(experiment, task)[-1].recipe
+        with bar("evaluate", len(examples)) as progress:
+            rows = evaluate(engine, {"policy": weights}, examples, recipe, progress=Shown(progress))
+        engine.close()
+    return rows
+
+
+class Shown:
+    """Running means of EM and F1 on a progress bar."""
+
+    def __init__(self, progress: Bar):
+        self.progress, self.rows, self.em, self.f1 = progress, 0, 0.0, 0.0
+
+    def __call__(self, row: Mapping[str, Any]) -> None:
+        self.rows, self.em, self.f1 = self.rows + 1, self.em + row["em"], self.f1 + row["f1"]
+        self.progress.show(EM=f"{self.em / self.rows:.3f}", F1=f"{self.f1 / self.rows:.3f}")
+
+
+def open_evaluation(
+    experiment: config.Experiment, workdir: Path, data: str, format: str | None
+) -> tuple[Task, Sequence[Example]]:
+    """The task a checkpoint was trained for, and the questions to ask it. A run's own tokenizer goes before all."""
+    of_world, asks_world = experiment.data.train.startswith("world:"), data.startswith("world:")
+    if asks_world and not of_world:
+        raise ValueError(f"{workdir} was trained on {experiment.data.train}, not on a world: give a file, not {data!r}")
+    if of_world:
+        experiment.data.test = data if asks_world else experiment.data.test
+        task, examples = open_task(experiment, workdir), open_source(data, format or "")
+    else:
+        if (workdir / "tokenizer").is_dir() and not experiment.tokenizer.cache:
+            experiment.tokenizer.path = experiment.tokenizer.path or str(workdir / "tokenizer")
+        experiment.data = config.Data(train=data, validation=data, test=data, format=format or "")
+        task = open_task(experiment, workdir)
+        examples = task.test
+    try:
+        for row in range(len(examples)):
+            task.tokenizer.encode(examples[row].question)
+    except ValueError as error:
+        raise ValueError(
+            f"{workdir} cannot read {data}: {error}. It was trained on {experiment.data.train.partition('?')[0]} and "
+            "knows no other words: evaluate it there, or train on text (configs/multihop.py)"
+        ) from None
+    return task, examples
 
 
 def play_script(task: Task, examples: Iterable[Example], script_of) -> list[dict[str, Any]]:
@@ -35,8 +119,9 @@ def play_script(task: Task, examples: Iterable[Example], script_of) -> list[dict
 
     def one(example: Example) -> dict[str, Any]:
         script: Script = script_of(example)
-        search = _one_scope(task.index)
-        return row(drive(task.workflow, example, script, search, mode="evaluate"))
+        trajectory = drive(task.workflow, example, script, _one_scope(task.index), mode="evaluate")
+        (found,) = search_recall([trajectory], task.index)
+        return row(trajectory) | found
 
     return [one(example) for example in examples]
 
@@ -72,6 +157,32 @@ def recall(trajectory: Trajectory) -> float | None:
     return len(gold & found) / len(gold)
 
 
+def search_recall(
+    trajectories: Sequence[Trajectory], index: Index, ks: Sequence[int] = RECALL_AT
+) -> list[dict[str, float]]:
+    """`{"recall@k": share of the gold passages among the best k of each query}` of the queries an episode asked.
+
+    They are asked again, so that k may be more than the agent reads. Empty where no gold is known, and for questions
+    with a scope, whose few passages a k of 10 would exhaust.
+    """
+    known = [t.example.gold and t.example.scope is None for t in trajectories]
+    asked = [[query for record in t.searches for query in record.queries] for t in trajectories]
+    queries = list(dict.fromkeys(query for queries, counts in zip(asked, known) if counts for query in queries))
+    best = {}
+    for start in range(0, len(queries), QUERIES_A_CALL):
+        some = queries[start : start + QUERIES_A_CALL]
+        best |= zip(some, index.search(some, max(ks)), strict=True)
+
+    def share(gold: Sequence[str], queries: Sequence[str], k: int) -> float:
+        found = {passage.id for query in queries for passage in best[query][:k]}
+        return len(found.intersection(gold)) / len(set(gold))
+
+    return [
+        {f"recall@{k}": share(t.example.gold, queries, k) for k in ks} if counts else {}
+        for t, queries, counts in zip(trajectories, asked, known)
+    ]
+
+
 def summarize(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Means over rows; EM and F1 with 95 % bootstrap intervals over questions; EM and searches by number of hops."""
     em, token_f1 = (np.array([r[name] for r in rows], float) for name in ("em", "f1"))
@@ -85,9 +196,10 @@ def summarize(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "tokens": float(np.mean([r["tokens"] for r in rows])),
         "answered": float(np.mean([r["prediction"] is not None for r in rows])),
     }
-    recalls = [r["recall"] for r in rows if r.get("recall") is not None]
-    if recalls:
-        summary["recall"] = float(np.mean(recalls))
+    for name in ("recall", *(f"recall@{k}" for k in RECALL_AT)):
+        recalls = [r[name] for r in rows if r.get(name) is not None]
+        if recalls:
+            summary[name] = float(np.mean(recalls))
     hops = sorted({r["hops"] for r in rows if r["hops"] is not None})
     if hops:
         summary["hops"] = float(np.mean([r["hops"] for r in rows if r["hops"] is not None]))

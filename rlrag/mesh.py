@@ -33,7 +33,7 @@ def make_mesh(data: int = -1, model: int = 1, devices: Sequence[jax.Device] | No
     """
     devices = list(jax.devices() if devices is None else devices)
     count = len(devices)
-    data_size = count // model if data == -1 else data
+    data_size = count // max(model, 1) if data == -1 else data
     if model < 1 or data_size * model != count:
         raise ValueError(
             f"mesh data={data} x model={model} does not cover {count} device(s): choose sizes whose product is {count}"
@@ -46,7 +46,9 @@ def partition(axes: Axes, shape: Sequence[int] | None = None, mesh: Mesh | None 
     """The PartitionSpec of logical axes; a dimension that its mesh axis does not divide stays whole."""
     names = [RULES.get(axis) if axis is not None else None for axis in axes]
     if shape is not None and mesh is not None:
-        names = [name if name and size % mesh.shape[name] == 0 else None for name, size in zip(names, shape)]
+        names = [
+            name if name and size % mesh.shape[name] == 0 else None for name, size in zip(names, shape, strict=True)
+        ]
     return PartitionSpec(*names)
 
 
@@ -62,5 +64,8 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     names = [RULES.get(axis) if axis is not None else None for axis in axes]
     # Inside a shard_map over `data` that axis is manual, already cut, and must not be named again.
     free = {name for name, kind in zip(mesh.axis_names, mesh.axis_types) if kind == AxisType.Auto}
-    names = [name if name in free and size % mesh.shape[name] == 0 else None for name, size in zip(names, x.shape)]
+    names = [
+        name if name in free and size % mesh.shape[name] == 0 else None
+        for name, size in zip(names, x.shape, strict=True)
+    ]
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*names))

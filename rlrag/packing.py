@@ -30,6 +30,13 @@ class Shape:
     num_kept: int
     num_rewards: int
 
+    def __post_init__(self):
+        if self.max_segments < 2:
+            raise ValueError(f"update.max_segments is {self.max_segments}: give 2 or more, the first is padding's")
+        for name in ("rows", "tokens", "max_micro"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"a packed batch has {name} {getattr(self, name)}: give a positive number")
+
 
 @dataclass(slots=True)
 class Item:
@@ -166,7 +173,8 @@ def pack(
     """Lay the trained streams of one model's roles into rows.
 
     paid[g][i] belongs to groups[g].trajectories[i]; roles gives the number of each of this model's roles; rewards the
-    order of named rewards. Raises ValueError for a stream longer than a row, RowsExhausted when rows run out.
+    order of named rewards. Raises ValueError for a stream that is longer than a row or begins with a token to learn,
+    RowsExhausted when rows run out.
     """
     families, left_out = [], 0
     episode = 0
@@ -176,7 +184,9 @@ def pack(
             if trajectory.status in LEFT_OUT:
                 left_out += 1
             else:
-                items += trained(trajectory.streams, episode, number, trajectory.policy_version, payment, roles, rewards)
+                items += trained(
+                    trajectory.streams, episode, number, trajectory.policy_version, payment, roles, rewards
+                )
             episode += 1
         families += share(items)
     rows = _Rows(shape)
@@ -199,6 +209,11 @@ def trained(
     items = []
     for call, stream in enumerate(streams):
         if stream.role in roles and any(span.act != OBSERVED for span in stream.spans):
+            if stream.spans[0].act != OBSERVED:
+                raise ValueError(
+                    f"stream {stream.name!r} begins with a token to learn, which nothing predicts: append at least one "
+                    "observed token to it first"
+                )
             amounts = [paid.per_call[name][call] if name in paid.per_call else np.nan for name in rewards]
             bonus = paid.per_token.get(stream.name)
             items.append(Item(stream, episode, call, group, version, np.array(amounts, np.float32), bonus))
@@ -207,17 +222,19 @@ def trained(
 
 def share(items: Sequence[Item]) -> list[Family]:
     """Streams of one group by equal leading observations."""
+    families: list[Family] = []
     by_prefix: dict[bytes, Family] = {}
     for item in items:
-        first = item.stream.spans[0]
-        shared = len(first.tokens) - 1 if first.act == OBSERVED else 0
-        key = first.tokens.tobytes() if shared >= NEGLIGIBLE else str(id(item)).encode()
-        family = by_prefix.setdefault(key, Family([], shared if shared >= NEGLIGIBLE else 0))
+        prefix = item.stream.spans[0].tokens
+        if len(prefix) - 1 < NEGLIGIBLE:
+            families.append(Family([item]))
+            continue
+        family = by_prefix.get(prefix.tobytes())
+        if family is None:
+            family = by_prefix[prefix.tobytes()] = Family([], len(prefix) - 1)
+            families.append(family)
         family.items.append(item)
-    for family in by_prefix.values():
-        if len(family.items) == 1:
-            family.shared = 0
-    return list(by_prefix.values())
+    return families
 
 
 def place(family: Family, rows: _Rows, roles: Mapping[str, int], places: list[Place]) -> None:

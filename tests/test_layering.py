@@ -28,7 +28,7 @@ RULES = {
     "rlrag.__init__": Rule(),
     # The contracts between the rooms.
     "rlrag.trajectory": Rule("", "numpy"),
-    "rlrag.config": Rule("", "numpy"),
+    "rlrag.config": Rule("rlrag.model.architecture", "numpy"),  # plain data, imports no JAX
     "rlrag.batch": Rule("", "jax numpy flax.struct"),
     "rlrag.mesh": Rule("", "jax numpy flax.struct"),
     "rlrag.metrics": Rule("", "jax numpy flax.struct rich tensorboardX"),
@@ -39,7 +39,9 @@ RULES = {
     "rlrag.rollout": Rule(
         "rlrag.rollout rlrag.model kernels rlrag.mesh rlrag.trajectory rlrag.agents.workflow", "jax numpy flax"
     ),
-    "rlrag.objectives": Rule("rlrag.objectives rlrag.batch kernels rlrag.model rlrag.metrics", "jax numpy flax optax"),
+    "rlrag.objectives": Rule(
+        "rlrag.objectives rlrag.batch kernels rlrag.mesh rlrag.model rlrag.metrics", "jax numpy flax optax"
+    ),
     # Text: no arrays of a device.
     "rlrag.agents": Rule("rlrag.agents rlrag.trajectory", "numpy"),
     "rlrag.agents.tokenizer": Rule("rlrag.agents rlrag.trajectory", "numpy tokenizers"),
@@ -50,14 +52,20 @@ RULES = {
     "rlrag.data": Rule(
         "rlrag.data rlrag.trajectory rlrag.agents", "numpy grain tensorflow_datasets array_record pyarrow"
     ),
+    "rlrag.data.task": Rule("rlrag.data rlrag.trajectory rlrag.agents rlrag.config rlrag.retrieval", "numpy"),
+    "rlrag.data.text": Rule("rlrag.data rlrag.trajectory rlrag.agents rlrag.config rlrag.retrieval", "numpy"),
     "rlrag.data.worlds": Rule("rlrag.data rlrag.trajectory rlrag.agents", "numpy"),
     # What brings them together.
-    "rlrag.recipes": Rule("rlrag.recipes rlrag.agents rlrag.rewards rlrag.objectives rlrag.trajectory", "numpy optax"),
+    "rlrag.recipes": Rule(
+        "rlrag.recipes rlrag.agents rlrag.rewards rlrag.objectives rlrag.trajectory rlrag.config rlrag.data.task", "numpy"
+    ),
+    "rlrag.console": Rule("", "rich"),
+    "rlrag.report": Rule("", "numpy matplotlib"),
     "rlrag.checkpoint": Rule("rlrag.batch rlrag.mesh rlrag.config", "jax numpy flax orbax"),
     "rlrag.evaluate": Rule("kernels rlrag", "jax numpy scipy flax optax grain rich"),
     "rlrag.train": Rule("kernels rlrag", "jax numpy flax optax grain rich matplotlib"),
-    "configs": Rule("configs rlrag.recipes rlrag.config rlrag.data", "ml_collections"),
-    "launch": Rule("launch configs rlrag.train rlrag.evaluate rlrag.config", "absl ml_collections jax numpy rich"),
+    "configs": Rule("configs rlrag.recipes rlrag.config rlrag.model.architecture rlrag.data", "ml_collections"),
+    "launch": Rule("launch configs rlrag.train rlrag.evaluate rlrag.config rlrag.console", "absl ml_collections jax numpy rich"),
     "launch.prepare_data": Rule("launch rlrag.data rlrag.trajectory", "absl numpy tensorflow_datasets"),
     "launch.bench": Rule("launch kernels rlrag", "absl jax flax optax numpy"),
 }
@@ -88,8 +96,8 @@ class Import(NamedTuple):
 
 
 def within(name: str, prefixes: str | tuple[str, ...]) -> bool:
-    prefixes = prefixes.split() if isinstance(prefixes, str) else prefixes
-    return any(name == prefix or name.startswith(prefix + ".") for prefix in prefixes)
+    each = prefixes.split() if isinstance(prefixes, str) else prefixes
+    return any(name == prefix or name.startswith(prefix + ".") for prefix in each)
 
 
 def imports(module: str, source: str) -> list[Import]:

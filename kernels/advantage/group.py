@@ -38,7 +38,7 @@ def group_zscore(
     """
     if ddof not in (0, 1):
         raise ValueError(f"ddof must be 0 (population) or 1 (sample), got {ddof}")
-    rewards, group, valid = _checked(rewards, group, valid, num_groups)
+    rewards, valid = _checked(rewards, group, valid, num_groups)
     count = _group_sum(valid.astype(jnp.float32), group, num_groups)
     mean = _group_sum(rewards, group, num_groups) / jnp.maximum(count, 1)
     centred = jnp.where(valid, rewards - mean[group], 0)
@@ -59,20 +59,20 @@ def group_leave_one_out(rewards: Array, group: Array, valid: Array, num_groups: 
     The REINFORCE leave-one-out baseline (Kool et al. 2019; Ahmadian et al. 2024, arXiv 2402.14740).
     Arguments as in ``group_zscore``.
     """
-    rewards, group, valid = _checked(rewards, group, valid, num_groups)
+    rewards, valid = _checked(rewards, group, valid, num_groups)
     others = (_group_sum(valid.astype(jnp.float32), group, num_groups)[group] - 1).astype(jnp.float32)
     total = _group_sum(rewards, group, num_groups)[group]
     baseline = (total - rewards) / jnp.maximum(others, 1)
     return jnp.where(valid & (others > 0), rewards - baseline, 0)
 
 
-def _checked(rewards: Array, group: Array, valid: Array, num_groups: int) -> tuple[Array, Array, Array]:
-    """Rewards with 0 where not valid, groups inside 0 ... num_groups - 1, and validity."""
+def _checked(rewards: Array, group: Array, valid: Array, num_groups: int) -> tuple[Array, Array]:
+    """Rewards with 0 where not valid, and validity, which a group outside 0 ... num_groups - 1 has not."""
     if rewards.ndim != 1 or not rewards.shape == group.shape == valid.shape:
         shapes = f"{rewards.shape}, {group.shape} and {valid.shape}"
         raise ValueError(f"rewards, group and valid must all be [N], got {shapes}")
     valid = valid.astype(bool) & (group >= 0) & (group < num_groups)
-    return jnp.where(valid, rewards, 0).astype(jnp.float32), jnp.where(valid, group, 0), valid
+    return jnp.where(valid, rewards, 0).astype(jnp.float32), valid
 
 
 def _group_sum(values: Array, group: Array, num_groups: int) -> Array:

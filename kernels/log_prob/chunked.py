@@ -5,6 +5,9 @@ sharded over data every device then works on its own rows of every chunk, where 
 would lie on one device each and move hidden states between devices. Tokens are cut and not the vocabulary because a
 chunk is then one full-width product, which XLA runs at the speed of the unchunked one (tokamax on H100: vocabulary
 chunks halve it), and because nothing has to be combined.
+
+The gradient of a head that all devices hold is summed over them once a chunk: a reason to ask for larger chunks
+(``chunk_tokens``) on many devices. A head whose vocabulary is sharded costs sums of per-token numbers only.
 """
 
 import jax

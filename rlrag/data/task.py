@@ -1,13 +1,15 @@
 """What an experiment is about: questions, the documents behind them, a tokenizer, and the agent that speaks it.
 
 A data specification is `world:NAME?split=train&seed=0&n=1000&...` (further options are fields of the world),
-`tfds:NAME?split=train&dir=...`, or the path of a file in a published format.
+`tfds:NAME?split=train&dir=...`, or a file in a published format: `FILE`, or a part of it, `FILE?split=train&n=100`
+(data/selection.py).
 """
 
 import dataclasses
 import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
 
@@ -34,19 +36,20 @@ class Task:
     bounds: Mapping[str, Callable[[Example], Script]] = dataclasses.field(default_factory=dict)
 
 
-def open_task(experiment: Experiment) -> Task:
-    """The task an experiment's `data`, `retriever`, `tokenizer` and `agent` describe."""
-    kinds = {spec.partition(":")[0] == "world" for spec in (experiment.data.train, experiment.data.test)}
-    if kinds == {True}:
+def open_task(experiment: Experiment, workdir: Path | None = None) -> Task:
+    """The task an experiment's `data`, `retriever`, `tokenizer` and `agent` describe. workdir: the run's directory,
+    where a tokenizer that is trained on a corpus is kept (None: nowhere)."""
+    data = experiment.data
+    specs = {"data.train": data.train, "data.validation": data.validation, "data.test": data.test}
+    of_world = {spec.partition(":")[0] == "world" for spec in specs.values()}
+    if of_world == {True}:
         return open_world_task(experiment)
-    if kinds == {True, False}:
-        raise ValueError(
-            f"data.train is {experiment.data.train!r} and data.test {experiment.data.test!r}: take both from a world, "
-            "or both from files"
-        )
+    if of_world == {True, False}:
+        listed = ", ".join(f"{name} is {spec!r}" for name, spec in specs.items())
+        raise ValueError(f"{listed}: take all from a world, or all from files")
     from rlrag.data.text import open_text_task  # reads corpora and trains tokenizers; worlds need neither
 
-    return open_text_task(experiment)
+    return open_text_task(experiment, workdir)
 
 
 def parse_world(spec: str) -> tuple[Any, dict[str, Any]]:
@@ -63,12 +66,21 @@ def parse_world(spec: str) -> tuple[Any, dict[str, Any]]:
     place: dict[str, Any] = {"split": "train", "seed": 0, "n": 1000}
     known = {f.name: f for f in dataclasses.fields(world_class)}
     settings = {}
-    for option, text in parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query)):
+    try:
+        options = parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query))
+    except ValueError:
+        raise ValueError(f"{spec!r}: write name=value pairs joined by &, as in world:{name}?split=train&n=1000") from None
+    for option, text in options:
         if option not in place and option not in known:
             raise ValueError(f"{spec!r} has the option {option!r}; there are: {', '.join([*place, *known])}")
         target, like = (place, place[option]) if option in place else (settings, known[option].default)
         target[option] = convert(spec, option, text, like)
-    return world_class(**settings), place
+    if place["n"] < 1 or place["seed"] < 0:
+        raise ValueError(f"{spec!r}: give n of at least 1 and a seed of at least 0")
+    try:
+        return world_class(**settings), place
+    except ValueError as error:
+        raise ValueError(f"{spec!r}: {error}") from None
 
 
 def convert(spec: str, option: str, text: str, like: Any) -> Any:
@@ -80,28 +92,41 @@ def convert(spec: str, option: str, text: str, like: Any) -> Any:
             return {"true": True, "false": False, "1": True, "0": False}[text.lower()]
         return type(like)(text)
     except (ValueError, KeyError):
-        raise ValueError(f"{spec!r}: {option} is {text!r}, it must be a {type(like).__name__} like {like!r}") from None
+        shown = ",".join(map(str, like)) if isinstance(like, tuple) else like
+        raise ValueError(f"{spec!r}: {option} is {text!r}, give a value like {shown}") from None
 
 
-def open_source(spec: str) -> Sequence[Example]:
-    """The questions of a data specification."""
+def open_source(spec: str, format: str = "") -> Sequence[Example]:
+    """The questions of a data specification. format: of a file; empty: recognised from the content."""
     if spec.startswith("world:"):
         world, place = parse_world(spec)
         return world.source(place["split"], place["seed"], place["n"])
-    from rlrag.data.sources import FileSource, TfdsSource
-
     if spec.startswith("tfds:"):
+        from rlrag.data.sources import TfdsSource
+
         name, _, query = spec[len("tfds:") :].partition("?")
         options = dict(parse_qsl(query))
         return TfdsSource(name, split=options.get("split", "train"), data_dir=options.get("dir"))
-    return FileSource(spec)
+    from rlrag.data.selection import open_file
+
+    return open_file(spec, format or None)
 
 
 def open_world_task(experiment: Experiment) -> Task:
-    world, _ = parse_world(experiment.data.train)
-    tested, _ = parse_world(experiment.data.test)
-    if tested != world:
-        raise ValueError(f"data.train and data.test must be one world: {world} and {tested}")
+    data: Data = experiment.data
+    world, _ = parse_world(data.train)
+    for name in ("validation", "test"):
+        other, _ = parse_world(getattr(data, name))
+        if type(other) is not type(world):
+            raise ValueError(f"data.train is {data.train!r} and data.{name} {getattr(data, name)!r}: take one world")
+        different = [f"{f} is {a} and {vars(other)[f]}" for f, a in vars(world).items() if a != vars(other)[f]]
+        if different:
+            raise ValueError(f"data.train and data.{name} must be one world: {', '.join(different)}; make them equal")
+    if experiment.retriever.kind != "world":
+        raise ValueError(
+            f"retriever.kind is {experiment.retriever.kind!r}, but a world's questions are about its own passages: give "
+            "--config.retriever.kind=world, or questions from files"
+        )
     tokenizer = world.tokenizer()
     tokenizer.pad_to(experiment.model.vocab_size)  # before the agent reads the vocabulary
     agent = world.agent(tokenizer, **agent_changes(experiment.agent))
@@ -114,7 +139,6 @@ def open_world_task(experiment: Experiment) -> Task:
         "oracle": policies.oracle,
         "random": lambda example: policies.random_policy(example, 0),
     }
-    data: Data = experiment.data
     sources = (open_source(spec) for spec in (data.train, data.validation, data.test))
     return Task(tokenizer, agent, index, *sources, demonstrate=demonstrate, bounds=bounds)
 

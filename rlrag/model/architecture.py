@@ -2,6 +2,11 @@
 
 from dataclasses import dataclass
 
+DTYPES = ("float32", "bfloat16")
+COUNTS = (
+    "vocab_size", "num_layers", "embed_dim", "num_heads", "num_kv_heads", "head_dim", "mlp_dim", "scan_unroll",
+)  # fmt: skip
+
 
 @dataclass(unsafe_hash=True)
 class Architecture:
@@ -27,15 +32,18 @@ class Architecture:
 
     def check(self) -> None:
         """Raise ValueError, naming the value, where the sizes cannot work together."""
+        for name in COUNTS:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: give a positive number")
+        for name in ("rope_theta", "norm_epsilon", "embed_scale"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)}: give a number above 0")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_heads is {self.num_heads}, not a multiple of num_kv_heads {self.num_kv_heads}: change one of them"
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim is {self.head_dim}: rotary positions need an even number")
-        for name in ("vocab_size", "num_layers", "embed_dim", "num_heads", "num_kv_heads", "head_dim", "mlp_dim"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}: give a positive number")
         for name in ("dtype", "param_dtype"):
-            if getattr(self, name) not in ("float32", "bfloat16"):
-                raise ValueError(f"{name} is {getattr(self, name)!r}: choose float32 or bfloat16")
+            if getattr(self, name) not in DTYPES:
+                raise ValueError(f"{name} is {getattr(self, name)!r}: choose {' or '.join(DTYPES)}")

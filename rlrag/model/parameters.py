@@ -3,6 +3,7 @@
 Initial values, shardings and shapes all derive from `describe`, so a new leaf is one line.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -117,4 +118,4 @@ def initialize(architecture: Architecture, key: jax.Array) -> Transformer:
 
 def num_parameters(architecture: Architecture) -> int:
     leaves = jax.tree.leaves(describe(architecture), is_leaf=is_leaf)
-    return sum(int(jnp.prod(jnp.array(leaf.shape))) for leaf in leaves)
+    return sum(math.prod(leaf.shape) for leaf in leaves)

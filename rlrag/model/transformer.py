@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from rlrag.mesh import constrain
 from rlrag.model.architecture import Architecture
-from rlrag.model.attention import attend, rotary, visibility
+from rlrag.model.attention import attend, rotate, rotation, visibility
 from rlrag.model.parameters import Layers, Transformer
 
 # (layer number, query [B, C, N, H], key [B, C, K, H], value [B, C, K, H]) -> mixed [B, C, N, H]
@@ -110,14 +110,13 @@ def feed_forward(x: jax.Array, weights: Layers | DecodeLayer) -> jax.Array:
 
 
 def layer(
-    x: jax.Array, weights: Layers | DecodeLayer, positions: jax.Array, a: Architecture, mix: Callable
+    x: jax.Array, weights: Layers | DecodeLayer, angles: tuple[jax.Array, jax.Array], a: Architecture, mix: Callable
 ) -> jax.Array:
-    """One pre-norm block. x [B*C, D], positions [B, C]; mix(query, key, value) [B, C, heads, H] -> [B, C, N, H]."""
-    B, C = positions.shape
+    """One pre-norm block. x [B*C, D], angles of [B, C]; mix(query, key, value) [B, C, heads, H] -> [B, C, N, H]."""
+    B, C = angles[0].shape[:2]
     q, k, v = project(rms_norm(x, weights.attention_norm, a.norm_epsilon), weights, a)
-    flat = positions.reshape(-1)
-    q, k = rotary(q, flat, a.rope_theta), rotary(k, flat, a.rope_theta)
     q, k, v = (heads.reshape(B, C, -1, a.head_dim) for heads in (q, k, v))
+    q, k = rotate(q, *angles), rotate(k, *angles)
     mixed = mix(q, k, v).reshape(B * C, a.num_heads * a.head_dim)
     x = x + mixed @ weights.output.astype(x.dtype)
     return x + feed_forward(rms_norm(x, weights.mlp_norm, a.norm_epsilon), weights)
@@ -129,13 +128,15 @@ def trunk(
     """Hidden states of packed rows. tokens, positions, segment [B, T], parent [B, S] -> [B, T, D], after final norm."""
     B, T = tokens.shape
     visible = visibility(segment, parent)
+    angles = rotation(positions, a.head_dim, a.rope_theta)
 
     def mix(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        q, k, v = constrain(q, "rows", None, "heads", None), *(constrain(x, "rows", None, "kv_heads", None) for x in (k, v))
-        return attend(q, k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3), visible)
+        q = constrain(q, "rows", None, "heads", None)
+        k, v = (constrain(x, "rows", None, "kv_heads", None) for x in (k, v))
+        return attend(q, k.transpose(2, 0, 1, 3), v.transpose(2, 0, 1, 3), visible)
 
     def step(x: jax.Array, weights: Layers) -> tuple[jax.Array, None]:
-        return constrain(layer(x, weights, positions, a, mix), "rows", None), None
+        return constrain(layer(x, weights, angles, a, mix), "rows", None), None
 
     if a.remat:
         step = jax.checkpoint(step)
@@ -145,7 +146,8 @@ def trunk(
 
 
 def pack(params: Transformer, a: Architecture) -> DecodeWeights:
-    """Decode layout of the weights, in the activations' dtype. Called once a rollout."""
+    """Decode layout of the weights, in the activations' dtype, whole on every device. Called once a rollout, so that
+    FSDP's parameters are gathered once and not in every round."""
     cast = partial(jnp.asarray, dtype=a.dtype)
 
     def pack_layer(weights: Layers) -> DecodeLayer:
@@ -166,13 +168,15 @@ def pack(params: Transformer, a: Architecture) -> DecodeWeights:
 
     layers = tuple(pack_layer(jax.tree.map(lambda leaf: leaf[i], params.layers)) for i in range(a.num_layers))  # noqa: B023
     head = None if params.head is None else cast(params.head)
-    return DecodeWeights(cast(params.embed), layers, params.final_norm, head)
+    packed = DecodeWeights(cast(params.embed), layers, params.final_norm, head)
+    return jax.tree.map(lambda leaf: constrain(leaf, *(None,) * leaf.ndim), packed)
 
 
 def extend(weights: DecodeWeights, a: Architecture, tokens: jax.Array, positions: jax.Array, mix: Mix) -> jax.Array:
     """Hidden states of new tokens given a cache that `mix` reads and writes. tokens, positions [B, C] -> [B, C, D]."""
     B, C = tokens.shape
     x = weights.embed[tokens.reshape(-1)] * jnp.asarray(a.embed_scale, a.dtype)
+    angles = rotation(positions, a.head_dim, a.rope_theta)
     for number, layer_weights in enumerate(weights.layers):
-        x = layer(x, layer_weights, positions, a, partial(mix, number))
+        x = layer(x, layer_weights, angles, a, partial(mix, number))
     return rms_norm(x, weights.final_norm, a.norm_epsilon).reshape(B, C, a.embed_dim)

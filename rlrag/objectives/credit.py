@@ -57,7 +57,8 @@ def ones() -> Credit:
 
 
 def group_relative(divide: bool = True, epsilon: float = 1e-6) -> Credit:
-    """GRPO (Shao et al. 2024, section 4.1.2): the z-score of an episode's reward in its group, on all its tokens."""
+    """GRPO (Shao et al. 2024, section 4.1.2): the z-score of an episode's reward in its group, on all its tokens, plus
+    each token's own bonus."""
 
     def credit(scored: Scored) -> tuple[dict[str, jax.Array], Metrics]:
         weights, metrics = {}, {}
@@ -65,7 +66,7 @@ def group_relative(divide: bool = True, epsilon: float = 1e-6) -> Credit:
             reward, group, present = episode_rewards(batch, scored.num_episodes)
             advantage = group_zscore(reward, group, present, scored.num_groups, divide=divide, epsilon=epsilon)
             of_segment = jnp.where(batch.segments.episode >= 0, advantage[jnp.maximum(batch.segments.episode, 0)], 0.0)
-            weights[name] = per_token(of_segment, batch) * batch.trained
+            weights[name] = (per_token(of_segment, batch) + batch.bonus) * batch.trained
             metrics |= group_metrics(advantage, group, present, scored.num_groups)
         return weights, metrics
 

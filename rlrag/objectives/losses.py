@@ -31,12 +31,18 @@ class Terms(NamedTuple):
 class Objective(NamedTuple):
     terms: Callable[[Scores, Batch], Terms]
     needs_reference: bool = False
-    recompute_old: bool = False  # score old_logp again with the learner before the first step
+    needs_old: bool = False
+    recompute_old: bool = False  # score old_logp again with the learner before the first step, sampled tokens too
 
 
 def masked(values: jax.Array, mask: jax.Array) -> Sum:
     """The sum of values where mask is 1; what stands elsewhere, even nan, does not matter."""
-    return Sum(jnp.sum(jnp.where(mask > 0, values * mask, 0.0)), jnp.sum(mask))
+    return Sum(jnp.sum(jnp.where(mask > 0, values, 0.0)), jnp.sum(mask))
+
+
+def weights(batch: Batch) -> jax.Array:
+    """The weight of every trained token, 0 elsewhere: a nan there would get into the gradient as 0 * nan."""
+    return jnp.where(batch.trained > 0, batch.weight, 0.0)
 
 
 def nll() -> Objective:
@@ -44,7 +50,7 @@ def nll() -> Objective:
 
     def terms(scores: Scores, batch: Batch) -> Terms:
         trained = batch.trained
-        losses = {"nll": masked(-scores.logp * batch.weight, trained)}
+        losses = {"nll": masked(-scores.logp * weights(batch), trained)}
         return Terms(losses, {"entropy": masked(scores.entropy, trained)})
 
     return Objective(terms)
@@ -54,14 +60,18 @@ def surrogate(clip_low: float = 0.2, clip_high: float = 0.2, kl: float = 0.0, re
     """PPO's clipped surrogate (Schulman et al. 2017, equation 7) with separate bounds, a mean over trained tokens,
     plus kl times the k3 estimate of KL(policy || reference), e^d - d - 1 with d = ref - logp (Schulman 2020; GRPO,
     Shao et al. 2024, equation 4)."""
+    if not 0 <= clip_low < 1 or clip_high < 0 or kl < 0:
+        raise ValueError(
+            f"clip_low is {clip_low}, clip_high {clip_high}, kl {kl}: give 0 <= clip_low < 1, clip_high >= 0, kl >= 0"
+        )
 
     def terms(scores: Scores, batch: Batch) -> Terms:
-        trained, advantage = batch.trained, batch.weight
+        trained, advantage = batch.trained, weights(batch)
         log_ratio = jnp.where(trained > 0, scores.logp - batch.old_logp, 0.0)
         ratio = jnp.exp(log_ratio)
         clipped = jnp.clip(ratio, 1 - clip_low, 1 + clip_high)
         losses = {"surrogate": masked(-jnp.minimum(ratio * advantage, clipped * advantage), trained)}
-        sampled = (batch.act == 1).astype(jnp.float32)
+        sampled = batch.sampled
         gap = jnp.where(sampled > 0, jnp.abs(scores.logp - batch.logp), 0.0)
         metrics: Metrics = {
             "clip_fraction": masked((clipped != ratio).astype(jnp.float32), trained),
@@ -79,4 +89,4 @@ def surrogate(clip_low: float = 0.2, clip_high: float = 0.2, kl: float = 0.0, re
             metrics["kl"] = masked(k3, trained)
         return Terms(losses, metrics)
 
-    return Objective(terms, needs_reference=kl > 0, recompute_old=recompute_old)
+    return Objective(terms, needs_reference=kl > 0, needs_old=True, recompute_old=recompute_old)

@@ -11,14 +11,15 @@ from typing import NamedTuple
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rlrag.batch import Batch
 from rlrag.mesh import DATA
-from rlrag.metrics import Metrics, merge
+from rlrag.metrics import Metrics, merge, nothing
 from rlrag.model.architecture import Architecture
-from rlrag.model.parameters import Transformer, shardings
+from rlrag.model.parameters import Transformer, initialize, shardings
 from rlrag.objectives.credit import Credit, Scored
 from rlrag.objectives.losses import Objective
 from rlrag.objectives.scoring import no_scores, score
@@ -90,41 +91,55 @@ class Update:
         self.accumulate = jax.jit(
             partial(accumulate, a, objective), donate_argnums=(1, 2), out_shardings=(params, replicated)
         )
-        self.apply = jax.jit(partial(apply, optimizer, schedule), donate_argnums=0)
+        self.apply = jax.jit(
+            partial(apply, optimizer, schedule), donate_argnums=0, out_shardings=(self._where(), replicated)
+        )
         self._zeros = jax.jit(lambda params: jax.tree.map(jnp.zeros_like, params), out_shardings=params)
+        self._empty: Metrics | None = None
 
     def initialize(self, params: Params) -> TrainState:
-        """A fresh state around params (which it takes over). Every leaf lies where its parameter lies."""
-        specs = shardings(self.architecture, self.mesh)
-        replicated = NamedSharding(self.mesh, PartitionSpec())
+        """A fresh state around params (which it takes over), laid out over the mesh."""
+        where = self._where()
+        params = jax.device_put(params, where.params)
+        opt_state = jax.jit(self.optimizer.init, out_shardings=where.opt_state)(params)
+        return TrainState(params, opt_state, jax.device_put(np.int32(0), where.step))
+
+    def _where(self) -> TrainState:
+        """The sharding of every leaf of the state. It is spelled out for what goes in and what comes out: what the
+        compiler would choose may differ from one to the other, and then every program is compiled twice."""
+        a, replicated = self.architecture, NamedSharding(self.mesh, PartitionSpec())
+        params = shardings(a, self.mesh)
         # optax keeps moments in trees of the parameters' shape: map those like the parameters, the rest replicated.
-        abstract = jax.eval_shape(self.optimizer.init, params)
-        where = optax.tree_utils.tree_map_params(
-            self.optimizer, lambda _, spec: spec, abstract, specs, transform_non_params=lambda _: replicated
+        abstract = jax.eval_shape(lambda: self.optimizer.init(initialize(a, jax.random.key(0))))
+        opt_state = optax.tree_utils.tree_map_params(
+            self.optimizer, lambda _, spec: spec, abstract, params, transform_non_params=lambda _: replicated
         )
-        opt_state = jax.jit(self.optimizer.init, out_shardings=where)(params)
-        return TrainState(params, opt_state, jax.device_put(jnp.int32(0), replicated))
+        return TrainState(params, opt_state, replicated)  # type: ignore[arg-type]  # shardings in the state's tree
 
     def put(self, batch: Batch) -> Batch:
         """A packed batch [M, R, ...] onto the mesh, rows over `data`."""
+        rows, shards = batch.tokens.shape[1], self.mesh.shape[DATA]
+        if rows % shards:
+            raise ValueError(f"update.micro_rows is {rows}: make it a multiple of the {shards} data shard(s)")
         return jax.device_put(batch, self._rows)
 
     def step(
         self, state: TrainState, batch: Batch, counts: dict[str, jax.Array], micros: Sequence[int]
     ) -> tuple[TrainState, Metrics, Applied]:
         """One optimizer step on the micro-batches `micros` of a prepared batch."""
-        chosen = jnp.zeros(batch.tokens.shape[0], jnp.float32).at[jnp.asarray(micros)].set(1.0)
+        chosen = np.zeros(batch.tokens.shape[0], np.float32)
+        chosen[list(micros)] = 1
         grads, sums = self._zeros(state.params), self._no_metrics(batch)
         for index in micros:
-            grads, sums = self.accumulate(state.params, grads, sums, batch, counts, chosen, jnp.int32(index))
+            grads, sums = self.accumulate(state.params, grads, sums, batch, counts, chosen, np.int32(index))
         state, applied = self.apply(state, grads)
         return state, sums, applied
 
     def _no_metrics(self, batch: Batch) -> Metrics:
-        micro = jax.eval_shape(lambda b: select(b, 0), batch)
-        shapes = jax.eval_shape(lambda b: reported(self.objective, no_scores(b), b)[1], micro)
-        replicated = NamedSharding(self.mesh, PartitionSpec())
-        return jax.tree.map(lambda leaf: jax.device_put(jnp.zeros(leaf.shape, leaf.dtype), replicated), shapes)
+        if self._empty is None:  # the names of an objective's metrics do not change: trace it once
+            micro = jax.eval_shape(lambda b: select(b, 0), batch)
+            self._empty = nothing(jax.eval_shape(lambda b: reported(self.objective, no_scores(b), b)[1], micro))
+        return jax.device_put(self._empty, NamedSharding(self.mesh, PartitionSpec()))
 
 
 def select(batch: Batch, index: jax.Array | int) -> Batch:
@@ -154,11 +169,15 @@ def accumulate(a, objective, params, grads, sums, batch, counts, chosen, index):
 
 def apply(optimizer, schedule, state: TrainState, grads) -> tuple[TrainState, Applied]:
     """One optimizer step."""
-    norm = optax.global_norm(grads)
+    norm = jnp.sqrt(sum(jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in jax.tree.leaves(grads)))
+    # Numbers that are finite but too large to square leave no direction to step in either.
+    grads = jax.tree.map(lambda leaf: jnp.where(jnp.isfinite(norm), leaf, jnp.nan), grads)
+    # The optimizer's own count stands still in a skipped step, and so does its schedule.
+    learning_rate = jnp.asarray(schedule(state.step - state.opt_state.total_notfinite))
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     skipped = 1.0 - opt_state.last_finite.astype(jnp.float32)
-    return TrainState(params, opt_state, state.step + 1), Applied(norm, skipped, jnp.asarray(schedule(state.step)))
+    return TrainState(params, opt_state, state.step + 1), Applied(norm, skipped, learning_rate)
 
 
 def build_prepare(architectures: dict[str, Architecture], objectives: dict[str, Objective], credit: Credit, num_groups: int, num_episodes: int) -> Callable:  # fmt: skip # noqa: E501
@@ -181,8 +200,12 @@ def build_prepare(architectures: dict[str, Architecture], objectives: dict[str, 
             objective = objectives[name]
             if objective.recompute_old:
                 batch = write_logp(name, "old_logp", params[name], batch, num_micro[name])
-            else:
-                batch = batch.replace(old_logp=batch.logp)
+            elif objective.needs_old:
+                # The sampler said nothing of forced tokens: where there are any, the learner scores the batch.
+                forced = batch.trained > batch.sampled
+                scored_micro = jnp.where(jnp.any(forced), num_micro[name], 0)
+                learner = write_logp(name, "old_logp", params[name], batch, scored_micro).old_logp
+                batch = batch.replace(old_logp=jnp.where(forced, learner, batch.logp))
             if objective.needs_reference:
                 batch = write_logp(name, "ref_logp", references[name], batch, num_micro[name])
             scored[name] = batch

@@ -105,7 +105,7 @@ class Burst:
 
 def prefill(weights: DecodeWeights, cache: Cache, inbox: Prefill, spec: Spec, a: Architecture) -> Cache:
     """Cache appended tokens, chunk after chunk; the last layer's hidden states are not needed and not computed."""
-    capacity = cache.keys[0].shape[0]
+    capacity = cache.keys[0].shape[1]
 
     def chunk(j: jax.Array, cache: Cache) -> Cache:
         tokens, start, count, table = inbox.tokens[j], inbox.start[j], inbox.count[j], inbox.table[j]
@@ -194,7 +194,7 @@ def burst(
     # A live slot cached the token at `position` and all it emitted but the newest: `count` tokens from `position` on.
     positions = inbox.position[:, None] + jnp.arange(N)
     index = kv.token_index(inbox.table, positions, spec.page_size)
-    past = cache.keys[0].shape[0] + jnp.arange(B * N).reshape(B, N)
+    past = cache.keys[0].shape[1] + jnp.arange(B * N).reshape(B, N)
     index = jnp.where(jnp.arange(N) < s.count[:, None], index, past)
     stored = [
         tuple(kv.scatter(store, index, kv.read(half, positions)) for store, half in zip(stores, halves))
@@ -210,16 +210,16 @@ def build_advance(spec: Spec, a: Architecture, end_id: int, mesh: Mesh):
         cache = prefill(weights, cache, inbox.prefill, spec, a)
         return burst(weights, cache, inbox.decode, stops, accepting, root, end_id, spec, a)
 
-    shard, whole, chunks = PartitionSpec(DATA), PartitionSpec(), PartitionSpec(None, DATA)
+    shard, whole, second = PartitionSpec(DATA), PartitionSpec(), PartitionSpec(None, DATA)
     inbox_specs = Inbox(
-        prefill=Prefill(chunks, chunks, chunks, chunks, num_chunks=shard),
+        prefill=Prefill(second, second, second, second, num_chunks=shard),
         decode=Decode(*[shard] * 7, controls=Controls(*[shard] * 4)),
     )
     mapped = jax.shard_map(
         advance,
         mesh=mesh,
-        in_specs=(whole, shard, inbox_specs, whole, whole, whole),
-        out_specs=(shard, shard),
+        in_specs=(whole, second, inbox_specs, whole, whole, whole),
+        out_specs=(second, shard),
         axis_names={DATA},
         check_vma=False,  # never differentiated
     )

@@ -15,48 +15,50 @@ from rlrag.model.architecture import Architecture
 
 
 class Cache(NamedTuple):
-    """Per layer [P * page, K, H]: token-major, so that a token is one contiguous row to gather or scatter."""
+    """Per layer [K, P * page, H]: heads lead, so that gathered pages are the view attention wants, untransposed."""
 
     keys: tuple[jax.Array, ...]
     values: tuple[jax.Array, ...]
 
 
 def empty(architecture: Architecture, num_pages: int, page_size: int) -> Cache:
-    shape = (num_pages * page_size, architecture.num_kv_heads, architecture.head_dim)
+    shape = (architecture.num_kv_heads, num_pages * page_size, architecture.head_dim)
     layers = range(architecture.num_layers)
 
     def zeros() -> jax.Array:
-        return constrain(jnp.zeros(shape, architecture.dtype), "pages", "kv_heads", None)
+        return constrain(jnp.zeros(shape, architecture.dtype), "kv_heads", "pages", None)
 
     return Cache(tuple(zeros() for _ in layers), tuple(zeros() for _ in layers))
 
 
 def token_index(table: jax.Array, positions: jax.Array, page_size: int) -> jax.Array:
-    """Rows of the store holding the tokens at `positions` [B, C] of streams with page tables [B, n]."""
+    """Places in the store of the tokens at `positions` [B, C] of streams with page tables [B, n]."""
     page = jnp.take_along_axis(table, jnp.clip(positions // page_size, 0, table.shape[1] - 1), axis=1)
     return page * page_size + positions % page_size
 
 
 def gather(store: jax.Array, table: jax.Array, page_size: int) -> jax.Array:
-    """The view [B, K, S, H] of the streams with page tables [B, n]; S = n * page_size."""
+    """The view [K, B, S, H] of the streams with page tables [B, n]; S = n * page_size."""
+    K, _, H = store.shape
     B, n = table.shape
-    pages = store.reshape(-1, page_size, *store.shape[1:])
-    return pages[table].reshape(B, n * page_size, *store.shape[1:]).transpose(0, 2, 1, 3)
+    return store.reshape(K, -1, page_size, H)[:, table].reshape(K, B, n * page_size, H)
 
 
 def scatter(store: jax.Array, index: jax.Array, new: jax.Array) -> jax.Array:
-    """Write new [B, C, K, H] at rows index [B, C]; an index past the end is dropped."""
-    flat = new.reshape(-1, *new.shape[2:]).astype(store.dtype)
-    return store.at[index.reshape(-1)].set(flat, mode="drop", unique_indices=True)
+    """Write new [B, C, K, H] at places index [B, C]; an index past the end is dropped."""
+    flat = new.reshape(-1, *new.shape[2:]).transpose(1, 0, 2).astype(store.dtype)
+    return store.at[:, index.reshape(-1)].set(flat, mode="drop", unique_indices=True)
 
 
 def write(view: jax.Array, positions: jax.Array, new: jax.Array) -> jax.Array:
-    """Write new [B, C, K, H] into the view [B, K, S, H] at positions [B, C]; a position >= S is dropped."""
-    rows = jnp.arange(view.shape[0])[:, None]
-    return view.at[rows, :, positions].set(new.astype(view.dtype), mode="drop", unique_indices=True)
+    """Write new [B, C, K, H] into the view [K, B, S, H] at positions [B, C]; a position >= S is dropped."""
+    rows = jnp.arange(view.shape[1])[:, None]
+    return view.at[:, rows, positions].set(
+        new.transpose(2, 0, 1, 3).astype(view.dtype), mode="drop", unique_indices=True
+    )
 
 
 def read(view: jax.Array, positions: jax.Array) -> jax.Array:
-    """view [B, K, S, H] at positions [B, C] -> [B, C, K, H]."""
-    rows = jnp.arange(view.shape[0])[:, None]
-    return view[rows, :, jnp.minimum(positions, view.shape[2] - 1)]
+    """view [K, B, S, H] at positions [B, C] -> [B, C, K, H]; positions past the end repeat the last."""
+    rows = jnp.arange(view.shape[1])[:, None]
+    return view[:, rows, jnp.minimum(positions, view.shape[2] - 1)].transpose(1, 2, 0, 3)

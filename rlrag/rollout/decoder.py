@@ -405,7 +405,9 @@ def check(spec: Spec, shards: int) -> None:
     """Raise ValueError, naming the value, where the sizes cannot work."""
     for name in ("num_slots", "num_pages", "prefill_rows"):
         if getattr(spec, name) % shards or getattr(spec, name) < shards:
-            raise ValueError(f"rollout.{name} is {getattr(spec, name)}: make it a multiple of the {shards} data shard(s)")
+            raise ValueError(
+                f"rollout.{name} is {getattr(spec, name)}: make it a multiple of the {shards} data shard(s)"
+            )
     if spec.max_tokens % spec.page_size:
         raise ValueError(f"rollout.max_tokens {spec.max_tokens} is not a multiple of page_size {spec.page_size}")
     if spec.num_pages // shards < spec.pages_per_stream:

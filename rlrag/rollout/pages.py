@@ -49,8 +49,12 @@ class Pages:
         return pages
 
     def release(self, pages: list[int]) -> None:
-        """Give up one reference to each page; the last one frees it, its contents staying findable for now."""
-        for page in pages:
+        """Give up one reference to each page; the last one frees it, its contents staying findable for now.
+
+        `pages` are in the order of their tokens and freed from the last to the first: a page can only be found through
+        those before it, so the beginning of a prompt is what must be overwritten last.
+        """
+        for page in reversed(pages):
             assert self.references[page] > 0, f"page {page} released more often than taken"
             self.references[page] -= 1
             if self.references[page] == 0:

@@ -45,8 +45,9 @@ def draw(logits: jax.Array, uniform: jax.Array) -> jax.Array:
 def first_above(weights: jax.Array, fraction: jax.Array) -> tuple[jax.Array, jax.Array]:
     """First index of [B, M] whose cumulative weight exceeds fraction * total, and the weight before it."""
     cumulative = jnp.cumsum(weights, -1)
-    index = jnp.sum(cumulative <= (fraction * cumulative[:, -1])[:, None], -1)
-    # Rounding may push the target past the end: never choose an entry of weight zero.
+    # Rounding may push the target past either end: never choose an entry of weight zero.
+    target = jnp.maximum(fraction, 0) * cumulative[:, -1]
+    index = jnp.sum(cumulative <= target[:, None], -1)
     last = jnp.max(jnp.where(weights > 0, jnp.arange(weights.shape[-1]), 0), -1)
     index = jnp.minimum(index, last)
     before = jnp.where(index > 0, jnp.take_along_axis(cumulative, jnp.maximum(index - 1, 0)[:, None], -1)[:, 0], 0.0)

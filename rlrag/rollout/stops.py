@@ -73,6 +73,8 @@ class StopTable:
     """
 
     def __init__(self, vocabulary: Sequence[bytes], max_states: int):
+        if not 1 <= max_states <= np.iinfo(np.int16).max:
+            raise ValueError(f"rollout.max_stop_states is {max_states}: give 1 ... {np.iinfo(np.int16).max}")
         self._vocabulary = vocabulary
         self.table = np.zeros((max_states, len(vocabulary)), np.int16)
         self.accepting = np.zeros(max_states, bool)

@@ -100,6 +100,17 @@ def test_values_and_gradients_equal_float64(way, options, tolerance, expected_st
     assert all(each.dtype == jnp.float32 for each in stats)
 
 
+@pytest.mark.parametrize("way", WAYS[:3], ids=str)
+def test_bfloat16_products_are_summed_in_float32(way, expected_stats):
+    """Read from the program, because XLA for CPU may keep more precision than it is asked for."""
+    problem = Problem(expected_stats, dtype="bfloat16")
+    arguments = (problem.hidden, problem.head, problem.ids, problem.temperature, problem.cotangent)
+    lines = str(jax.make_jaxpr(functools.partial(gradients_of, way=way))(*arguments)).splitlines()
+    products = [line.split("=")[0] for line in lines if "= dot_general" in line]
+    assert len(products) == 4  # logits, logits again, two gradients
+    assert all(":f32[" in product for product in products)
+
+
 @pytest.mark.parametrize("way", WAYS[::2], ids=str)
 @pytest.mark.parametrize("shape", [(7,), (2, 1), (2, 3, 5)], ids=str)
 def test_any_number_of_leading_axes(way, shape, expected_stats):
@@ -216,8 +227,8 @@ def test_wrong_arguments_name_both_values():
 
 
 def sharded_gradient() -> None:
-    """On 8 devices: the chunked gradient equals the reference, and only sums cross devices."""
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    """On 4 x 2 devices: the chunked gradient equals the reference, and only sums cross devices."""
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
     rng = np.random.default_rng(0)
     hidden, head = rng.normal(size=(16, 12, 8)).astype(np.float32), rng.normal(size=(64, 8)).astype(np.float32)
     ids = rng.integers(0, 64, (16, 12, 2), np.int32)
@@ -227,14 +238,17 @@ def sharded_gradient() -> None:
         return (stats.logits.sum(-1) - stats.lse + stats.entropy + stats.certainty).mean()
 
     gradient = jax.jit(jax.value_and_grad(objective, (0, 1)), static_argnums=(3, 4))
-    rows, whole = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
-    sharded = [jax.device_put(hidden, rows), jax.device_put(head, whole), jax.device_put(ids, rows)]
-    expected, got = gradient(hidden, head, ids, "reference", None), gradient(*sharded, "chunked", 64)
-    jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6), got, expected)
-    text = gradient.lower(*sharded, "chunked", 64).compile().as_text()
-    found = {each for each in ("while", "all-reduce", "all-gather", "all-to-all", "collective-permute") if each in text}
-    assert found == {"while", "all-reduce"}, found
+    expected = gradient(hidden, head, ids, "reference", None)
+    operations = ("while", "all-reduce", "all-gather", "all-to-all", "collective-permute")
+    for of_head in (P(), P("model")):  # the whole head on every device, and its vocabulary cut in two
+        shardings = [NamedSharding(mesh, each) for each in (P("data"), of_head, P("data"))]
+        arguments = [jax.device_put(*each) for each in zip((hidden, head, ids), shardings)]
+        compiled = gradient.lower(*arguments, "chunked", 64).compile()
+        found = {each for each in operations if each in compiled.as_text()}
+        assert found == {"while", "all-reduce"}, (of_head, found)
+        got = compiled(*arguments)
+        jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6), got, expected)
 
 
-def test_chunks_never_cross_data_shards(run_on_devices):
+def test_chunks_never_cross_data_shards_nor_gather_logits(run_on_devices):
     run_on_devices(sharded_gradient)

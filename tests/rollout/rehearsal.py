@@ -95,12 +95,14 @@ def talk(example: Example, mode: str):
     return Outcome(replies[0].text)
 
 
-def roll_out(num_examples: int, group_size: int, most_s: float = 0.0, params=None, **changes) -> list[Group]:
+def roll_out(
+    num_examples: int, group_size: int, most_s: float = 0.0, params=None, max_episodes: int = 24, **changes
+) -> list[Group]:
     """The fast engine's groups."""
     spec = dataclasses.replace(SPEC, **changes)
     mesh = make_mesh()
     decoder = Decoder(ARCHITECTURE, spec, VOCABULARY, END, mesh)
-    engine = Engine({"m": decoder}, decode, SlowSearcher(most_s), max_episodes=24, search_batch=3)
+    engine = Engine({"m": decoder}, decode, SlowSearcher(most_s), max_episodes=max_episodes, search_batch=3)
     play = Play(talk, {"talker": Role("m"), "chooser": Role("m")}, group_size=group_size)
     weights = jax.jit(lambda p: pack(p, ARCHITECTURE))(parameters() if params is None else params)
     examples = [Example(f"q{i}", "", ("",)) for i in range(num_examples)]

@@ -1,0 +1,80 @@
+"""What training and evaluation are both made of: the stages of a recipe, the engine that plays them, the shape of the
+model they play with, each built from an experiment and its task."""
+
+import importlib
+from dataclasses import replace
+
+import jax
+
+from rlrag import config
+from rlrag.data.task import Task
+from rlrag.mesh import DATA
+from rlrag.model.architecture import Architecture
+from rlrag.recipes.recipe import Stage
+from rlrag.retrieval.client import InProcess
+from rlrag.rollout.advance import Spec
+from rlrag.rollout.decoder import Decoder
+from rlrag.rollout.engine import Engine
+
+
+def build_stages(experiment: config.Experiment, task: Task) -> tuple[Stage, ...]:
+    """The stages of the recipe an experiment names as module:function."""
+    module, _, function = experiment.recipe.partition(":")
+    try:
+        build = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(
+            f"recipe is {experiment.recipe!r}, which cannot be loaded ({error}): name module:function"
+        ) from None
+    return build(experiment, task)
+
+
+def check_sizes(task: Task, stages: tuple[Stage, ...], mesh: jax.sharding.Mesh) -> None:
+    """Raise ValueError, naming the field and the remedy, where a training batch cannot hold the task's episodes or be
+    cut over the devices: told at the start and not when the first long episode comes."""
+    longest, shards = task.workflow.max_tokens, mesh.shape[DATA]
+    for stage in stages:
+        update, where = stage.settings.update, f"{stage.name}.update"
+        if update.row_tokens < longest:
+            raise ValueError(
+                f"{where}.row_tokens is {update.row_tokens}, but episodes have up to {longest} tokens (the agent's "
+                f"max_tokens): give --config.{where}.row_tokens={longest} or more"
+            )
+        if update.micro_rows % shards:
+            raise ValueError(
+                f"{where}.micro_rows is {update.micro_rows}: make it a multiple of the {shards} data shard(s)"
+            )
+
+
+def build_architecture(experiment: config.Experiment, task: Task) -> Architecture:
+    """The experiment's model with room for every token of the task."""
+    return replace(experiment.model, vocab_size=max(experiment.model.vocab_size, task.tokenizer.vocab_size))
+
+
+def build_engine(experiment: config.Experiment, task: Task, a: Architecture, mesh: jax.sharding.Mesh) -> Engine:
+    """The rollout engine of an experiment with its retriever."""
+    r = experiment.rollout
+    page = r.page_size
+    max_tokens = -(-task.workflow.max_tokens // page) * page
+    spec = Spec(
+        num_slots=r.num_slots,
+        num_pages=r.num_pages or 2 * r.num_slots * (max_tokens // page),
+        page_size=page,
+        max_tokens=max_tokens,
+        burst=r.burst,
+        prefill_rows=r.prefill_rows,
+        prefill_chunk=r.prefill_chunk,
+        prefill_chunks=r.prefill_chunks,
+        num_kept=r.num_kept,
+    )
+    decoder = Decoder(a, spec, task.tokenizer.token_bytes(), task.tokenizer.end_id, mesh, r.max_stop_states)
+    retriever = InProcess(
+        task.index,
+        cache_size=experiment.retriever.cache_size,
+        deadline_s=experiment.retriever.deadline_s,
+        latency_s=experiment.retriever.latency_s,
+    )
+    return Engine(
+        {"policy": decoder}, task.tokenizer.decode, retriever,
+        max_episodes=r.max_episodes, search_threads=r.search_threads, search_batch=r.search_batch,
+    )  # fmt: skip

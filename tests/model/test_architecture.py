@@ -1,0 +1,32 @@
+import dataclasses
+
+import pytest
+
+from rlrag.model.architecture import Architecture
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_heads": 6, "num_kv_heads": 4}, "num_heads is 6, not a multiple of num_kv_heads 4"),
+        ({"num_kv_heads": 0}, "num_kv_heads is 0: give a positive number"),
+        ({"num_layers": -1}, "num_layers is -1: give a positive number"),
+        ({"scan_unroll": 0}, "scan_unroll is 0: give a positive number"),
+        ({"head_dim": 7}, "head_dim is 7: rotary positions need an even number"),
+        ({"dtype": "float16"}, "dtype is 'float16': choose float32 or bfloat16"),
+        ({"param_dtype": "int8"}, "param_dtype is 'int8': choose float32 or bfloat16"),
+        ({"rope_theta": 0.0}, "rope_theta is 0.0: give a number above 0"),
+        ({"norm_epsilon": float("nan")}, "norm_epsilon is nan: give a number above 0"),
+    ],
+)
+def test_sizes_that_cannot_work_are_named(changes, message):
+    with pytest.raises(ValueError, match=message):
+        Architecture(**changes).check()
+
+
+def test_equal_shapes_are_one_static_argument():
+    a = Architecture(num_layers=3)
+    a.check()
+    assert hash(a) == hash(dataclasses.replace(a))
+    assert a == Architecture(num_layers=3)
+    assert a != Architecture(num_layers=4)

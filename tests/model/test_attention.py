@@ -1,0 +1,130 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rlrag.model.attention import ancestors, attend, rotate, rotation, visibility
+
+
+def rotary(x, positions, theta):
+    return rotate(x, *rotation(positions, x.shape[-1], theta))
+
+
+def test_rotation_is_a_complex_product():
+    """Pair (i, i + H/2) is one complex number, turned by position * theta^(-2i/H)."""
+    dice = np.random.default_rng(0)
+    x = dice.normal(size=(2, 5, 3, 8)).astype(np.float32)
+    positions = dice.integers(0, 500, (2, 5))
+    turned = (x[..., :4] + 1j * x[..., 4:]) * np.exp(1j * positions[..., None, None] * 1e4 ** (-2 * np.arange(4) / 8))
+    expected = np.concatenate([turned.real, turned.imag], -1)
+    np.testing.assert_allclose(rotary(jnp.array(x), jnp.array(positions), 1e4), expected, atol=2e-4)
+
+
+def test_products_of_rotated_vectors_depend_on_the_distance_alone():
+    q, k = jax.random.normal(jax.random.key(0), (2, 1, 1, 1, 16))
+    near = rotary(q, jnp.array([[9]]), 1e4) * rotary(k, jnp.array([[4]]), 1e4)
+    far = rotary(q, jnp.array([[109]]), 1e4) * rotary(k, jnp.array([[104]]), 1e4)
+    np.testing.assert_allclose(near.sum(), far.sum(), rtol=1e-4)
+
+
+def is_ancestor(parent: np.ndarray, column: int, row: int) -> bool:
+    """Whether `column` is `row` or lies above it, one parent at a time."""
+    while row != column and row > 0:
+        row = int(parent[row])
+        if row == 0:
+            return False
+    return row == column
+
+
+@st.composite
+def forests(draw):
+    """parent [S]: any forest over segments 1 ... S-1 of depth up to 9, in any order of numbers."""
+    num_segments = draw(st.integers(1, 12))
+    order = draw(st.permutations(range(1, num_segments)))
+    parent, depth = np.zeros(num_segments, np.int32), {0: 0}
+    for i, segment in enumerate(order):
+        choices = [0] + [s for s in order[:i] if depth[s] < 9]
+        parent[segment] = draw(st.sampled_from(choices))
+        depth[segment] = depth[int(parent[segment])] + 1
+    return parent
+
+
+@settings(deadline=None, max_examples=60)
+@given(forests(), st.integers(0, 1000))
+def test_mask_rule(parent, seed):
+    """Token i sees token j iff j <= i and j's segment is i's or an ancestor of it."""
+    table = np.asarray(ancestors(jnp.array(parent[None])))[0]
+    wanted = [[is_ancestor(parent, j, i) for j in range(len(parent))] for i in range(len(parent))]
+    np.testing.assert_array_equal(table, wanted)
+
+    segment = np.random.default_rng(seed).integers(0, len(parent), (1, 15))
+    visible = np.asarray(visibility(jnp.array(segment), jnp.array(parent[None])))[0]
+    for i in range(15):
+        for j in range(15):
+            assert visible[i, j] == (j <= i and is_ancestor(parent, segment[0, j], segment[0, i]))
+
+
+def softmax_attention(query, key, value, visible):
+    """Loops in float64: query [B, C, N, H]; key, value [K, B, S, H]; visible [B, C, S]."""
+    B, C, N, H = query.shape
+    group = N // key.shape[0]
+    out = np.zeros(query.shape)
+    for b in range(B):
+        for c in range(C):
+            for n in range(N):
+                at = np.flatnonzero(visible[b, c])
+                scores = key[n // group, b, at].astype(np.float64) @ query[b, c, n] / np.sqrt(H)
+                p = np.exp(scores - scores.max())
+                out[b, c, n] = (p / p.sum()) @ value[n // group, b, at]
+    return out
+
+
+@pytest.fixture
+def case():
+    dice = np.random.default_rng(1)
+    query = dice.normal(size=(2, 5, 6, 4)).astype(np.float32)
+    key, value = dice.normal(size=(2, 3, 2, 7, 4)).astype(np.float32)
+    visible = dice.random((2, 5, 7)) < 0.5
+    visible[..., 0] = True
+    return query, key, value, visible
+
+
+def test_grouped_queries_against_loops(case):
+    np.testing.assert_allclose(attend(*map(jnp.array, case)), softmax_attention(*case), atol=1e-6)
+
+
+def test_gradient_is_that_of_the_plain_formula(case):
+    query, key, value, visible = map(jnp.array, case)
+    weight = jax.random.normal(jax.random.key(2), query.shape)
+
+    def plain(query, key, value):
+        group = query.shape[2] // key.shape[0]
+        key, value = jnp.repeat(key, group, 0), jnp.repeat(value, group, 0)
+        scores = jnp.einsum("bcnh,nbsh->bncs", query, key) / query.shape[-1] ** 0.5
+        p = jax.nn.softmax(jnp.where(visible[:, None], scores, -jnp.inf), -1)
+        return jnp.sum(jnp.einsum("bncs,nbsh->bcnh", p, value) * weight)
+
+    ours = jax.grad(lambda *x: jnp.sum(attend(*x, visible) * weight), (0, 1, 2))(query, key, value)
+    for mine, wanted in zip(ours, jax.grad(plain, (0, 1, 2))(query, key, value)):
+        np.testing.assert_allclose(mine, wanted, atol=2e-6)
+
+
+def test_a_row_that_sees_nothing_is_finite(case):
+    query, key, value, visible = case
+    visible[1, 2] = False
+    out, back = jax.vjp(lambda q, k, v: attend(q, k, v, jnp.array(visible)), *map(jnp.array, (query, key, value)))
+    assert np.isfinite(out).all()
+    assert all(np.isfinite(gradient).all() for gradient in back(jnp.ones_like(out)))
+
+
+def test_what_is_not_visible_does_not_matter(case):
+    query, key, value, visible = case
+    before = attend(*map(jnp.array, case))
+    hidden = ~visible.any(1)  # [B, S] seen by no token of the row
+    hidden[:, -1] = True
+    visible[..., -1] = False
+    before = attend(*map(jnp.array, (query, key, value, visible)))
+    key[:, hidden], value[:, hidden] = 1e3, 1e3
+    np.testing.assert_array_equal(before, attend(*map(jnp.array, (query, key, value, visible))))

@@ -1,0 +1,61 @@
+"""Sampler and learner say the same of every sampled token: the gap that exact ratios rest on."""
+
+import jax
+import numpy as np
+import pytest
+
+from rlrag.objectives.scoring import score
+from rlrag.packing import Shape, pack
+from rlrag.rewards.paid import Paid
+from tests.rollout.rehearsal import ARCHITECTURE, parameters, roll_out
+
+ROLES = {"talker": 0, "chooser": 1}
+
+
+@pytest.fixture(scope="module")
+def packed():
+    """Episodes of several turns with documents between them, sampled with temperatures, top-k, top-p, both, greedily,
+    within allowed ids and within a shrinking set of them (tests.rollout.rehearsal.talk)."""
+    groups = roll_out(60, 8, params=parameters(), max_episodes=96, num_slots=64, num_pages=4096, prefill_rows=64)
+    paid = [[Paid({}) for _ in group.trajectories] for group in groups]
+    return pack(
+        groups, paid, ROLES, (), Shape(rows=64, tokens=192, max_segments=16, max_micro=8, num_kept=8, num_rewards=0)
+    )
+
+
+def test_sampler_and_learner_agree_on_ten_thousand_tokens(packed):
+    params = parameters()
+    one = jax.jit(lambda batch: score(params, ARCHITECTURE, batch))
+    micros = [jax.tree.map(lambda leaf: leaf[i], packed.batch) for i in range(packed.num_micro)]  # noqa: B023
+    scores = jax.tree.map(lambda *leaves: np.stack(leaves), *[one(micro) for micro in micros])
+    batch = jax.tree.map(lambda leaf: leaf[: packed.num_micro], packed.batch)
+    sampled = batch.act == 1
+    filtered = (batch.kept >= 0).any(-1)
+    chooser = batch.role == 1
+    count = int(sampled.sum())
+    gaps = {name: np.abs(getattr(scores, name) - getattr(batch, name)) for name in ("logp", "entropy", "certainty")}
+    print(f"\nsampler and learner, float32, {count} tokens of {packed.num_episodes} episodes, fill {packed.fill:.2f}")
+    kinds = {
+        "all": sampled,
+        "whole vocabulary, temperature 1": sampled & ~filtered & (batch.temperature == 1),
+        "whole vocabulary, temperature 1.7": sampled & ~filtered & (batch.temperature == np.float32(1.7)),
+        "top-k (temperature 0.8)": sampled & filtered & (batch.temperature == np.float32(0.8)),
+        "top-p (temperature 1.3)": sampled & filtered & (batch.temperature == np.float32(1.3)),
+        "top-k and top-p (temperature 0.9)": sampled & filtered & (batch.temperature == np.float32(0.9)),
+        "allowed ids": sampled & filtered & (batch.temperature == 1) & ~chooser,
+        "allowed ids, each once": sampled & filtered & chooser,
+    }
+    for kind, where in kinds.items():
+        largest = {name: float(gap[where].max()) for name, gap in gaps.items()}
+        shown = "  ".join(f"{name} {value:.1e}" for name, value in largest.items())
+        print(
+            f"  {kind:36s} {int(where.sum()):6d} tokens  largest gap: {shown}  mean logp {gaps['logp'][where].mean():.1e}"
+        )
+        assert where.sum() > 300, f"{kind}: too few tokens to say anything"
+    assert count >= 10_000
+    assert gaps["logp"][sampled].max() <= 1e-5
+    assert gaps["entropy"][sampled].max() <= 3e-5
+    assert gaps["certainty"][sampled].max() <= 3e-5
+    assert (batch.logp[sampled] < -1e-3).mean() > 0.5, "log-probs that are all 0 would agree as well"
+    observed_between = (batch.act == 0) & (batch.turn > 0) & (batch.segment > 0)
+    assert observed_between.sum() > 1000, "documents"
