@@ -1,6 +1,6 @@
 """A search agent on the embedded multi-hop world: warm-up on imperfect demonstrations, then GRPO.
 
-    python -m launch.train --config=configs/search_grpo.py:demo --workdir=runs/demo
+python -m launch.train --config=configs/search_grpo.py:demo --workdir=runs/demo
 """
 
 from rlrag.config import Data, Experiment, Rollout, Stage, Update
@@ -24,7 +24,9 @@ def get_config(variant: str = "demo") -> Experiment:
         experiment.main = Stage(
             questions=64,
             evaluate_every=100,
-            update=Update(learning_rate=4e-4, warm_up_steps=0, weight_decay=0.01, row_tokens=96, micro_rows=28, max_micro=1),
+            update=Update(
+                learning_rate=4e-4, warm_up_steps=0, weight_decay=0.01, row_tokens=96, micro_rows=28, max_micro=1
+            ),
         )
     return experiment
 

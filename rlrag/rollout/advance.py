@@ -22,7 +22,7 @@ from rlrag.model.attention import attend
 from rlrag.model.transformer import DecodeWeights, extend
 from rlrag.rollout import cache as kv
 from rlrag.rollout.cache import Cache
-from rlrag.rollout.sampling import Controls, sample
+from rlrag.rollout.sampling import Array, Controls, sample
 
 RUNNING, STOPPED, ENDED, LIMITED = 0, 1, 2, 3  # why a slot's burst is over
 
@@ -49,23 +49,23 @@ class Spec:
 class Prefill(NamedTuple):
     """Tokens to cache. A row's later chunk may follow in a later entry of J: entries run in order."""
 
-    tokens: jax.Array  # int [J, R, C]
-    start: jax.Array  # int [J, R] position of the first
-    count: jax.Array  # int [J, R] 0: empty row
-    table: jax.Array  # int [J, R, n]
-    num_chunks: jax.Array  # int [shards] how many of J are in use
+    tokens: Array  # int [J, R, C]
+    start: Array  # int [J, R] position of the first
+    count: Array  # int [J, R] 0: empty row
+    table: Array  # int [J, R, n]
+    num_chunks: Array  # int [shards] how many of J are in use
 
 
 class Decode(NamedTuple):
-    """One row per slot. `token` is the newest token of the stream, at `position`: sampled or appended, not yet cached."""
+    """One row per slot. `token` is the newest token of the stream, at `position`, and not cached yet."""
 
-    token: jax.Array  # int [B]
-    position: jax.Array  # int [B]
-    limit: jax.Array  # int [B] tokens this call may still emit; 0: idle slot
-    table: jax.Array  # int [B, n]
-    stop_state: jax.Array  # int [B]
-    stream: jax.Array  # uint32 [B] names the stream: part of the sampling key
-    once: jax.Array  # bool [B] emitted ids are struck from `allowed`
+    token: Array  # int [B]
+    position: Array  # int [B]
+    limit: Array  # int [B] tokens this call may still emit; 0: idle slot
+    table: Array  # int [B, n]
+    stop_state: Array  # int [B]
+    stream: Array  # uint32 [B] names the stream: part of the sampling key
+    once: Array  # bool [B] emitted ids are struck from `allowed`
     controls: Controls
 
 
@@ -77,16 +77,16 @@ class Inbox(NamedTuple):
 class Outbox(NamedTuple):
     """Per slot what the burst emitted; entries from `count` on are meaningless."""
 
-    tokens: jax.Array  # int [B, N]
-    logp: jax.Array  # float [B, N]
-    entropy: jax.Array  # float [B, N]
-    certainty: jax.Array  # float [B, N]
-    margin: jax.Array  # float [B, N]
-    kept: jax.Array  # int [B, N, K]
-    count: jax.Array  # int [B]
-    reason: jax.Array  # int [B] RUNNING, STOPPED, ENDED or LIMITED
-    stop_state: jax.Array  # int [B]
-    steps: jax.Array  # int [shards] decode steps run
+    tokens: Array  # int [B, N]
+    logp: Array  # float [B, N]
+    entropy: Array  # float [B, N]
+    certainty: Array  # float [B, N]
+    margin: Array  # float [B, N]
+    kept: Array  # int [B, N, K]
+    count: Array  # int [B]
+    reason: Array  # int [B] RUNNING, STOPPED, ENDED or LIMITED
+    stop_state: Array  # int [B]
+    steps: Array  # int [shards] decode steps run
 
 
 @flax.struct.dataclass
@@ -191,6 +191,8 @@ def burst(
     )
     s = jax.lax.while_loop(cond, body, start)
 
+    emitted = Outbox(*s.out, count=s.count, reason=s.reason, stop_state=s.stop_state, steps=s.step[None])
+
     # A live slot cached the token at `position` and all it emitted but the newest: `count` tokens from `position` on.
     positions = inbox.position[:, None] + jnp.arange(N)
     index = kv.token_index(inbox.table, positions, spec.page_size)
@@ -200,7 +202,7 @@ def burst(
         tuple(kv.scatter(store, index, kv.read(half, positions)) for store, half in zip(stores, halves))
         for stores, halves in zip(cache, s.view)
     ]
-    return Cache(*stored), Outbox(*s.out, s.count, s.reason, s.stop_state, s.step[None])
+    return Cache(*stored), emitted
 
 
 def build_advance(spec: Spec, a: Architecture, end_id: int, mesh: Mesh):

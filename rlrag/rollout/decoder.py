@@ -8,7 +8,6 @@ tokens, which the host has, are cached again when it goes on.
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
 from typing import Any
 
 import jax
@@ -25,73 +24,7 @@ from rlrag.rollout.advance import Decode, Inbox, Outbox, Prefill, Spec
 from rlrag.rollout.pages import ROOT, Pages, chain
 from rlrag.rollout.sampling import Controls
 from rlrag.rollout.stops import StopTable
-
-WAITING, PENDING, LIVE = "waiting", "pending", "live"  # of a stream: nothing asked, asked, in a slot
-
-
-@dataclass(slots=True, eq=False)
-class CachedStream:
-    """A stream as the rollout sees it: its tokens, which of them are cached, and the call in progress."""
-
-    uid: int  # uint32, names the stream in sampling keys
-    shard: int
-    capacity: int
-    tokens: np.ndarray  # int32 [capacity]
-    length: int = 0
-    cached: int = 0
-    pages: list[int] = field(default_factory=list)
-    names: list[bytes] = field(default_factory=list)  # chain of the full pages among `pages`
-    status: str = WAITING
-    call: "Call | None" = None
-    since: int = 0  # round its status began in; the youngest waiting stream loses its pages first
-
-    def append(self, tokens: Sequence[int]) -> None:
-        count = len(tokens)
-        if self.length + count > self.capacity:
-            raise ValueError(
-                f"a stream would hold {self.length + count} tokens, rollout.max_tokens is {self.capacity}: "
-                "raise it or lower the workflow's limits"
-            )
-        self.tokens[self.length : self.length + count] = tokens
-        self.length += count
-
-
-@dataclass(slots=True, eq=False)
-class Call:
-    """One Generate being served, and what it has emitted so far."""
-
-    ticket: Any  # handed back with the finished call
-    limit: int  # tokens it may emit in all
-    stop_state: int
-    sampling: Sampling
-    allowed: list[int] | None
-    once: bool
-    reason: int = device.RUNNING
-    num_emitted: int = 0
-    parts: list[tuple[np.ndarray, ...]] = field(default_factory=list)
-
-    def emitted(self) -> tuple[np.ndarray, ...]:
-        """tokens, logp, entropy, certainty, margin [n], kept [n, K]."""
-        return tuple(np.concatenate(column) for column in zip(*self.parts))
-
-
-@dataclass
-class Usage:
-    """What the device did, in counts that add up over rounds."""
-
-    rounds: int = 0
-    decode_steps: int = 0  # summed over data shards
-    lane_steps: int = 0  # decode steps x slots: what was paid
-    live_lane_steps: int = 0  # lane steps that emitted a token
-    wasted_lane_steps: int = 0  # lane steps of a burst after its slot had stopped
-    prefill_tokens: int = 0
-    shared_tokens: int = 0  # found in the cache instead of computed
-    evictions: int = 0
-    device_s: float = 0.0
-    scheduling_s: float = 0.0
-
-    def __sub__(self, other: "Usage") -> "Usage":
-        return Usage(**{f.name: getattr(self, f.name) - getattr(other, f.name) for f in fields(self)})
+from rlrag.rollout.streams import LIVE, PENDING, WAITING, CachedStream, Call, Usage
 
 
 class Decoder:
@@ -140,26 +73,37 @@ class Decoder:
 
     def submit(self, stream: CachedStream, ticket: Any, stop: tuple[str, ...], limit: int, sampling: Sampling, allowed: Allowed | None) -> bool:  # fmt: skip # noqa: E501
         """Ask for tokens. False when the stream is full or the limit is 0: nothing can be emitted."""
+        if stream.length == 0 or stream.status != WAITING:
+            what = "has no tokens to go on from" if stream.length == 0 else "is still generating"
+            raise ValueError(f"a workflow asked for tokens on a stream that {what}: append a prompt, await the reply")
+        ids = self._allowed_ids(sampling, allowed)
+        once = allowed is not None and allowed.once
         limit = min(limit, stream.capacity - stream.length)
-        assert stream.status == WAITING and stream.length > 0
+        if once:
+            limit = min(limit, len(ids))
         if limit <= 0:
             return False
-        K = self.spec.num_kept
-        wanted = max(sampling.top_k, len(allowed.ids) if allowed else 0, 1 if sampling.top_p < 1 else 0)
-        if wanted > K:
-            raise ValueError(
-                f"sampling needs a filtered set of {wanted} ids (top_k {sampling.top_k}, top_p {sampling.top_p}, "
-                f"{len(allowed.ids) if allowed else 0} allowed), rollout.num_kept is {K}: raise it"
-            )
-        if allowed and (not allowed.ids or max(allowed.ids) >= self.architecture.vocab_size or min(allowed.ids) < 0):
-            raise ValueError(f"allowed ids must lie in 0 ... {self.architecture.vocab_size - 1}, got {allowed.ids}")
-        once = allowed is not None and allowed.once
-        limit = min(limit, len(allowed.ids)) if once else limit
-        ids = list(dict.fromkeys(allowed.ids)) if allowed else None
-        stream.call = Call(ticket, limit, self.stops.start(stop), sampling, ids, once)
+        stream.call = Call(ticket, limit, self.stops.start(stop), sampling, ids if allowed else None, once)
         stream.status, stream.since = PENDING, self.usage.rounds
         self._pending[stream.shard].append(stream)
         return True
+
+    def _allowed_ids(self, sampling: Sampling, allowed: Allowed | None) -> list[int]:
+        """The distinct allowed ids; ValueError where they, or the filters, do not fit the program."""
+        ids, V, K = (
+            list(dict.fromkeys(allowed.ids)) if allowed else [],
+            self.architecture.vocab_size,
+            self.spec.num_kept,
+        )
+        if allowed and not (ids and min(ids) >= 0 and max(ids) < V):
+            raise ValueError(f"allowed ids must lie in 0 ... {V - 1}, got {allowed.ids}")
+        wanted = max(sampling.top_k, len(ids), 1 if sampling.top_p < 1 else 0)
+        if wanted > K:
+            raise ValueError(
+                f"sampling needs a filtered set of {wanted} ids (top_k {sampling.top_k}, top_p {sampling.top_p}, "
+                f"{len(ids)} allowed), rollout.num_kept is {K}: raise it"
+            )
+        return ids
 
     @property
     def idle(self) -> bool:
@@ -249,7 +193,7 @@ class Decoder:
         )  # fmt: skip
         controls = Controls(
             np.ones(B, np.float32), np.zeros(B, np.int32), np.ones(B, np.float32), np.full((B, K), -1, np.int32)
-        )  # type: ignore[arg-type]  # numpy on the way to the device
+        )
         decode = Decode(
             token=np.zeros(B, np.int32), position=np.zeros(B, np.int32), limit=np.zeros(B, np.int32),
             table=np.zeros((B, n), np.int32), stop_state=np.zeros(B, np.int32), stream=np.zeros(B, np.uint32),
@@ -297,7 +241,7 @@ class Decoder:
 
     def _prefill(self, stream: CachedStream, prefill: Prefill, first_row: int, rows: int, used: np.ndarray, ready_chunk: dict[int, int]) -> bool:  # fmt: skip # noqa: E501
         """Put the uncached tokens, all but the newest, into chunks. True when they all fit this round."""
-        spec, C = self.spec, self.spec.prefill_chunk
+        C = self.spec.prefill_chunk
         j = self._share(stream, ready_chunk)
         end = stream.length - 1
         while stream.cached < end:
@@ -385,7 +329,8 @@ class Decoder:
 def fill(decode: Decode, row: int, stream: CachedStream) -> None:
     """One slot's row of the inbox."""
     call = stream.call
-    assert call is not None and stream.cached == stream.length - 1
+    assert call is not None
+    assert stream.cached == stream.length - 1
     decode.token[row] = stream.tokens[stream.length - 1]
     decode.position[row] = stream.length - 1
     decode.limit[row] = call.limit - call.num_emitted

@@ -20,7 +20,8 @@ import numpy as np
 from rlrag.agents.workflow import Episode, Force, Found, Generate, Mode, Reply, Role, Search, Tool, Workflow, call_tool
 from rlrag.model.transformer import DecodeWeights
 from rlrag.rollout.advance import ENDED, STOPPED
-from rlrag.rollout.decoder import CachedStream, Call, Decoder, Usage
+from rlrag.rollout.decoder import Decoder
+from rlrag.rollout.streams import CachedStream, Call, Usage
 from rlrag.trajectory import SAMPLED, Example, Group, Passage, Span, Stream
 
 

@@ -5,7 +5,7 @@ the sampler could choose from are returned where anything was filtered, so that 
 exactly the same set.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,13 +15,16 @@ from rlrag.model.attention import MASKED
 BLOCK = 64  # vocabulary block of the two-level inverse CDF
 
 
+Array = Any  # of a round's inbox: jax.Array in the program, numpy on the host, PartitionSpec in its layout
+
+
 class Controls(NamedTuple):
     """Per row: how to sample. temperature 0 is greedy; top_k 0 and top_p 1 keep all; allowed -1 = unused entry."""
 
-    temperature: jax.Array  # float [B]
-    top_k: jax.Array  # int [B]
-    top_p: jax.Array  # float [B]
-    allowed: jax.Array  # int [B, K]; any entry >= 0: only these ids may be emitted
+    temperature: Array  # float [B]
+    top_k: Array  # int [B]
+    top_p: Array  # float [B]
+    allowed: Array  # int [B, K]; any entry >= 0: only these ids may be emitted
 
 
 def draw(logits: jax.Array, uniform: jax.Array) -> jax.Array:

@@ -1,0 +1,139 @@
+"""What eight devices compile, tell each other and compute: each program once, no silent collective, the steps of one.
+
+One process with eight virtual devices plays a rollout and takes three optimizer steps on two meshes, with a different
+number of micro-batches in each, and writes down what it saw.
+"""
+
+import json
+import os
+import re
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from rlrag.agents.workflow import Role
+from rlrag.mesh import make_mesh
+from rlrag.model.parameters import initialize, shardings
+from rlrag.model.transformer import pack
+from rlrag.objectives.credit import group_relative
+from rlrag.objectives.losses import surrogate
+from rlrag.objectives.update import build_prepare
+from rlrag.rollout.decoder import Decoder
+from rlrag.rollout.engine import Engine, Play
+from rlrag.trajectory import Example
+from tests.episodes import make_groups, pack_groups, pay
+from tests.objectives import learner
+from tests.rollout import rehearsal
+
+MESHES = ((8, 1), (4, 2))
+GROUPS = make_groups(8, 4, 4)
+ROWS, TOKENS = 8, 96
+OPERATIONS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
+
+
+def collectives(text: str) -> dict[str, int]:
+    """Operation and shapes -> how often it stands in a compiled program; one that joins several counts for each."""
+    counts: dict[str, int] = {}
+    for line in text.splitlines():
+        found = re.search(rf"= (.+?) ({'|'.join(OPERATIONS)})(-start)?\(", line)
+        if found:
+            for shape in re.findall(r"\w+\[[\d,]*\]", found[1]):
+                counts[f"{found[2]} {shape}"] = counts.get(f"{found[2]} {shape}", 0) + 1
+    return counts
+
+
+class Talks(Exception):
+    """A program that must not has collectives."""
+
+
+class Watched:
+    """A jitted function, and the collectives of what its first call compiles to."""
+
+    def __init__(self, program, silent: bool = False):
+        self.program, self.silent, self.collectives = program, silent, None
+
+    def __call__(self, *arguments):
+        if self.collectives is None:
+            self.collectives = collectives(self.program.lower(*arguments).compile().as_text())
+            if self.silent and self.collectives:
+                raise Talks
+        return self.program(*arguments)
+
+    def report(self) -> dict:
+        return {"compiled": self.program._cache_size(), "collectives": self.collectives}
+
+
+def roll_out(mesh: jax.sharding.Mesh) -> tuple[dict, str]:
+    """Two rollouts, the second with other weights and stop strings, from parameters that lie over all devices."""
+    a = rehearsal.ARCHITECTURE
+    decoder = Decoder(a, rehearsal.SPEC, rehearsal.VOCABULARY, rehearsal.END, mesh)
+    # Its loops end when a shard's own work does: a collective inside would wait for the others for ever.
+    decoder.advance = advance = Watched(decoder.advance, silent=True)
+    engine = Engine({"m": decoder}, rehearsal.decode, rehearsal.SlowSearcher(0.0), max_episodes=24)
+    play = Play(rehearsal.talk, {"talker": Role("m"), "chooser": Role("m")}, group_size=2)
+    to_decode = jax.jit(lambda params: pack(params, a))
+    start = jax.jit(lambda key: initialize(a, key), out_shardings=shardings(a, mesh))
+    examples = [Example(f"q{i}", "", ("",)) for i in range(8)]
+    prints = []
+    for key in (0, 1):
+        weights = {"m": to_decode(start(jax.random.key(key)))}
+        try:
+            prints.append(rehearsal.fingerprint(list(engine.run(weights, examples, play, jax.random.key(7)))))
+        except Talks:
+            break
+    engine.close()
+    return advance.report(), " ".join(prints)
+
+
+def learn(mesh: jax.sharding.Mesh) -> tuple[dict[str, dict], list[np.ndarray]]:
+    """Three optimizer steps on three, two and one micro-batches; parameters, and losses and norms of each step."""
+    objective = surrogate(kl=0.2)
+    # Adam divides by what may be rounding alone: at this rate that stays below the tolerance.
+    update = learner.build_update(objective, mesh, rate=1e-4)
+    update.accumulate, update.apply = accumulate, apply = Watched(update.accumulate), Watched(update.apply)
+    prepare = Watched(build_prepare({"m": learner.ARCHITECTURE}, {"m": objective}, group_relative(), 4, 16))
+    state = update.initialize(learner.parameters())
+    reference = update.initialize(learner.parameters(1)).params
+    numbers = []
+    for groups in (GROUPS, GROUPS[:3], GROUPS[:1]):
+        packed = pack_groups(groups, pay(groups), rows=ROWS, tokens=TOKENS, max_micro=3, max_segments=4)
+        num_micro = {"m": np.int32(packed.num_micro)}
+        batch = {"m": update.put(packed.batch)}
+        prepared = prepare({"m": state.params}, {"m": reference}, batch, num_micro)
+        state, sums, applied = update.step(
+            state, prepared.batches["m"], prepared.counts["m"], range(packed.num_micro)
+        )  # fmt: skip
+        numbers.append(
+            [packed.num_micro, *(float(sums[f"loss/{n}"].value()) for n in ("surrogate", "kl")), applied.grad_norm]
+        )
+    programs = {"prepare": prepare, "accumulate": accumulate, "apply": apply}
+    arrays = [np.asarray(leaf) for leaf in jax.device_get(jax.tree.leaves(state.params))]
+    return {name: program.report() for name, program in programs.items()}, [np.array(numbers), *arrays]
+
+
+def study() -> None:
+    folder, reports = Path(os.environ["RLRAG_TEST_OUT"]), {}
+    for data, model in MESHES:
+        mesh = make_mesh(data, model)
+        with jax.set_mesh(mesh):
+            programs, arrays = learn(mesh)
+            advance, prints = roll_out(mesh)
+        name = f"{data}x{model}"
+        reports[name] = {"programs": programs | {"advance": advance}, "fingerprint": prints}
+        np.savez(folder / f"{name}.npz", *arrays)
+    (folder / "reports.json").write_text(json.dumps(reports))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("study")
+
+
+@pytest.fixture
+def reports(run_on_devices, folder, monkeypatch) -> dict:
+    if not (folder / "reports.json").exists():
+        monkeypatch.setenv("RLRAG_TEST_OUT", str(folder))
+        run_on_devices(study, 8)
+    return json.loads((folder / "reports.json").read_text())
