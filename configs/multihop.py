@@ -3,8 +3,9 @@
     python -m launch.train --config=configs/multihop.py --workdir=runs/multihop
 
 Questions of HotpotQA, 2WikiMultiHopQA and MuSiQue, BM25 over their pooled passages. The paths are those of the data
-beside the repository, seen from its root; others by `--config.data.train=FILE?...` and `--config.retriever.corpus=FILE`.
-The test part is the published dev split; it chooses nothing. What chooses is a validation part cut from train.
+beside the repository, seen from its root: give others by --config.data.train=FILE?...,
+--config.retriever.corpus=FILE and so on.
+The test part is the published dev split, which chooses nothing: validation is cut from train.
 """
 
 from rlrag.config import Agent, Data, Experiment, Retriever, Reward, Rollout, Stage, Tokenizer, Update
@@ -29,35 +30,48 @@ def get_config(variant: str = "bm25") -> Experiment:
 
 def bm25() -> Experiment:
     warm_up = Update(
-        learning_rate=1e-3, schedule="cosine", final_fraction=0.1, warm_up_steps=40, weight_decay=0.01,
-        row_tokens=768, micro_rows=8, max_micro=4,
+        learning_rate=3e-3, schedule="cosine", final_fraction=0.05, warm_up_steps=40, weight_decay=0.01,
+        row_tokens=512, micro_rows=2, max_micro=4,
     )  # fmt: skip
-    main = Update(learning_rate=1e-4, warm_up_steps=5, row_tokens=768, micro_rows=8, max_micro=12)
+    main = Update(learning_rate=2e-4, warm_up_steps=5, row_tokens=512, micro_rows=4, max_micro=16)
     return Experiment(
         name="multihop:bm25",
-        steps=40,
-        checkpoint_every=10,
-        model=Architecture(vocab_size=4096, num_layers=4, embed_dim=256, num_heads=8, num_kv_heads=2, head_dim=32,
-                           mlp_dim=768, embed_scale=16.0),
+        steps=60,
+        checkpoint_every=20,
+        model=Architecture(vocab_size=4096, num_layers=3, embed_dim=192, num_heads=4, num_kv_heads=4, head_dim=48,
+                           mlp_dim=384, embed_scale=192**0.5, scan_unroll=3),
         data=Data(
             train=f"{QUESTIONS}?split=train&{SETS}&seed=0&skip=64",
             validation=f"{QUESTIONS}?split=train&{SETS}&seed=0&n=64",
             test=f"{QUESTIONS}?split=dev&{SETS}&seed=0&n=300",
         ),
         tokenizer=Tokenizer(train_vocab_size=4096),
-        retriever=Retriever(kind="bm25", corpus=CORPUS),
+        retriever=Retriever(kind="bm25", corpus=CORPUS, passage_words=12),
         agent=Agent(
-            k=3, max_turns=4, max_searches=3, max_tokens_per_turn=64, max_tokens=768, max_answer_tokens=24,
-            max_observation_tokens=192, instruction="Question: {question}\n",
+            k=3, max_turns=4, max_searches=3, max_tokens_per_turn=64, max_tokens=512, max_answer_tokens=24,
+            max_observation_tokens=128, instruction="Question: {question}\n",
         ),
         reward=Reward(metric="f1"),
         rollout=Rollout(num_slots=64, max_episodes=128, page_size=16, burst=8, prefill_rows=16, prefill_chunk=64),
-        warm_up=Stage(steps=400, questions=16, update=warm_up),
+        warm_up=Stage(steps=1500, questions=16, update=warm_up),
         main=Stage(questions=16, group_size=4, evaluate_every=20, update=main),
     )  # fmt: skip
 
 
 def shrink(experiment: Experiment) -> None:
     """Every size as small as the loop allows."""
-    experiment.name = "multihop:smoke"
-    experiment.steps = 2
+    experiment.name, experiment.steps, experiment.checkpoint_every = "multihop:smoke", 2, 1
+    experiment.model = Architecture(vocab_size=512, num_layers=1, embed_dim=16, num_heads=2, num_kv_heads=2, head_dim=8,
+                                    mlp_dim=32)  # fmt: skip
+    experiment.tokenizer.train_vocab_size = 512
+    data = experiment.data
+    data.train, data.validation, data.test = (
+        f"{QUESTIONS}?split={split}&{SETS}&seed=0&{part}"
+        for split, part in (("train", "skip=4"), ("train", "n=4"), ("dev", "n=8"))
+    )
+    for field, value in (("num_slots", 8), ("max_episodes", 16), ("prefill_rows", 4)):
+        setattr(experiment.rollout, field, value)
+    warm_up, main = experiment.warm_up, experiment.main
+    warm_up.steps, warm_up.questions = 3, 4
+    main.questions, main.group_size, main.evaluate_every = 2, 2, 2
+    warm_up.update.micro_rows = main.update.micro_rows = 2

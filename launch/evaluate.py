@@ -51,7 +51,8 @@ def report(summary: dict[str, Any], out: Path) -> None:
     for metric in ("em", "f1"):
         low, high = summary[f"{metric}_interval"]
         say(f"{metric.upper()} {summary[metric]:.4f}  95 % bootstrap [{low:.4f}, {high:.4f}]")
-    say(json.dumps({name: value for name, value in summary.items() if not isinstance(value, list)}))
+    rounded = {name: round(value, 4) for name, value in summary.items() if not isinstance(value, list)}
+    say(json.dumps(rounded))
     say(f"{out}: predictions")
 
 

@@ -14,6 +14,7 @@ import runpy
 import signal
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -41,9 +42,9 @@ def run(
 ) -> None:
     """main(values) with its flags parsed; what the user can mend becomes one line on stderr and the process ends.
 
-    define: defines the flags; None: they are in absl's flags.FLAGS already. required: an example of each flag that must be given. doc: what --help shows before the flags. interrupted: what
-    Ctrl-C says. Exit status: 2 for the command line, 1 for what it names, 130 for Ctrl-C. Errors nobody foresaw keep
-    their traceback, and --traceback shows everyone's.
+    define: defines the flags; None: they are in absl's flags.FLAGS already. required: an example of each flag that must
+    be given. doc: what --help shows before the flags. interrupted: what Ctrl-C says. Exit status: 2 for the command
+    line, 1 for what it names, 130 for Ctrl-C. Errors nobody foresaw keep their traceback; --traceback shows everyone's.
     """
     argv = list(sys.argv if argv is None else argv)
     be_quiet()
@@ -56,6 +57,9 @@ def run(
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C would interrupt the ending
         fail(interrupted, 130)
+    except BrokenPipeError:  # the reader has enough, as in `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except Exception as error:
         told = explain(error)
         if told is None:
@@ -106,7 +110,9 @@ def parse(argv: Sequence[str], define: Define | None, required: Mapping[str, str
     if define:
         define(values, argv)
     try:
-        rest = values(argv)[1:]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # config_flags loads files by an outdated call
+            rest = values(argv)[1:]
     except Exception as error:
         # Parsing runs the configuration's code: whatever comes out of it is the user's to mend.
         raise Mistake(explain_config(error, argv) or explain_flag(error, values)) from error

@@ -51,8 +51,9 @@ class Checkpoints:
         item = {"state": {"params": jax.tree.map(ocp.utils.to_shape_dtype_struct, like)}}
         restore_args = ocp.checkpoint_utils.construct_restore_args(item)
         args = ocp.args.PyTreeRestore(item=item, restore_args=restore_args, partial_restore=True)
-        with self._told(step):
-            return self._manager.restore(step, args=ocp.args.Composite(state=args))["state"]["state"]["params"]
+        # A reader of its own: the manager reads `state` in one way for life, the way it was first saved or restored.
+        with self._told(step), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+            return reader.restore(self.directory.resolve() / str(step) / "state", args=args)["state"]["params"]
 
     @contextmanager
     def _told(self, step: int) -> Iterator[None]:
@@ -62,10 +63,8 @@ class Checkpoints:
         except Exception as error:
             reason = str(error).strip().partition("\n")[0][:200] or type(error).__name__
             others = [other for other in self._manager.all_steps() if other < step]
-            remedy = f"step {max(others)} is then the newest" if others else "the run then begins anew"
-            raise ValueError(
-                f"the checkpoint {self.directory / str(step)} cannot be read ({reason}): remove that directory, {remedy}"
-            ) from error
+            remedy = f"remove it to go on from step {max(others)}" if others else "remove it to begin anew"
+            raise ValueError(f"checkpoint {self.directory / str(step)} cannot be read ({reason}): {remedy}") from error
 
     def close(self) -> None:
         self._manager.close()

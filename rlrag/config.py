@@ -135,7 +135,7 @@ class Stage:
 class Reward:
     """What an episode is paid."""
 
-    metric: str = "em"  # em | f1 | contains
+    metric: str = "em"  # em | f1 | contains | search_r1 (Search-R1's rule of answer and format)
     format: float = 0.0  # added for a well-formed episode
 
 
@@ -164,17 +164,20 @@ class Experiment:
 AT_LEAST_1 = {
     Experiment: "checkpoint_every",
     Tokenizer: "train_vocab_size",
-    Rollout: "num_slots max_episodes page_size burst prefill_rows prefill_chunk prefill_chunks max_stop_states "
-    "search_threads search_batch",
+    Rollout: (
+        "num_slots max_episodes page_size burst prefill_rows prefill_chunk prefill_chunks max_stop_states "
+        "search_threads search_batch"
+    ),
     Stage: "questions group_size",
     Update: "row_tokens micro_rows max_micro epochs minibatches",
-    Mesh: "model",
+    Mesh: "data model",
 }
 AT_MOST_1 = {Sampling: "top_p", Update: "b1 b2 final_fraction clip_low"}
 ABOVE_0 = {Sampling: "top_p", Update: "learning_rate clip_norm", Retriever: "deadline_s"}
 CHOICES = {
     Update: {"schedule": ("constant", "cosine", "linear"), "old_logp": ("sampler", "recompute")},
     Retriever: {"kind": ("world", "bm25")},
+    Reward: {"metric": ("em", "f1", "contains", "search_r1")},
     Stage: {"until_metric": ("", "em", "f1", "answered", "recall")},
 }
 
@@ -194,12 +197,12 @@ def check(experiment: Experiment) -> None:
         raise ValueError(f"model.{error}") from None
     if experiment.main.steps:
         raise ValueError(
-            f"main.steps is {experiment.main.steps}: the main stage is as long as --config.steps={experiment.steps} says"
+            f"main.steps is {experiment.main.steps}: leave it 0, the main stage has --config.steps={experiment.steps}"
         )
     for name, stage in (("warm_up", experiment.warm_up), ("main", experiment.main)):
         if stage.until_metric and not stage.evaluate_every:
             raise ValueError(
-                f"{name}.until_metric is {stage.until_metric!r} but {name}.evaluate_every 0: say after how many steps to look"
+                f"{name}.until_metric is {stage.until_metric!r} but {name}.evaluate_every 0: give a number of steps"
             )
         if stage.update.max_segments < 2:
             raise ValueError(f"{name}.update.max_segments is {stage.update.max_segments}: give 2 or more")
@@ -220,13 +223,13 @@ def check_part(part: Any, prefix: str) -> None:
         elif choices and value not in choices:
             raise ValueError(f"{name} is {value!r}: choose {' or '.join(map(repr, choices))}")
         elif isinstance(value, int | float) and not isinstance(value, bool):
-            if isinstance(part, Mesh) and f.name == "data" and value == -1:
+            if name == "mesh.data" and value == -1:
                 continue
             if not math.isfinite(value):
                 raise ValueError(f"{name} is {value}: give a finite number")
             if listed(ABOVE_0, f.name) and value <= 0:
                 raise ValueError(f"{name} is {value}: give more than 0")
-            least = 1 if listed(AT_LEAST_1, f.name) or name == "mesh.data" else 0
+            least = 1 if listed(AT_LEAST_1, f.name) else 0
             if value < least:
                 raise ValueError(f"{name} is {value}: give at least {least}")
             if listed(AT_MOST_1, f.name) and value > 1:
@@ -239,10 +242,10 @@ def check_sampling(rollout: Rollout) -> None:
         sampling: Sampling = getattr(rollout, name)
         needed = sampling.top_k or int(sampling.top_p < 1)
         if needed > rollout.num_kept:
+            wish = f"top_k {sampling.top_k}" if sampling.top_k else f"top_p {sampling.top_p}"
             raise ValueError(
-                f"rollout.{name} keeps {f'top_k {sampling.top_k}' if sampling.top_k else f'top_p {sampling.top_p}'} but "
-                f"rollout.num_kept, the room for filtered sets, is {rollout.num_kept}: give "
-                f"--config.rollout.num_kept={needed if sampling.top_k else 64} or more"
+                f"rollout.{name} has {wish}, but rollout.num_kept, the room for filtered sets, is {rollout.num_kept}: "
+                f"give --config.rollout.num_kept={needed if sampling.top_k else 64} or more"
             )
     if rollout.train.temperature == 0:
         raise ValueError("rollout.train.temperature is 0: greedy episodes are all alike; give more than 0, such as 1.0")

@@ -68,7 +68,9 @@ def bar(name: str, total: int, done: int = 0, first_line_s: float = 0.0) -> Iter
         TextColumn("{task.description}", table_column=whole),
         MofNCompleteColumn(table_column=whole),
         TextColumn("{task.fields[left]}", table_column=whole),
-        TextColumn("{task.fields[numbers]}", table_column=Column(no_wrap=False)),  # goes on in a second line where the terminal is narrow
+        TextColumn(
+            "{task.fields[numbers]}", table_column=Column(no_wrap=False)
+        ),  # goes on in a second line where the terminal is narrow
     ]
     if console.width >= WIDE:
         columns.insert(1, BarColumn(bar_width=24, table_column=whole))

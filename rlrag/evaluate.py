@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 from rlrag import config
 from rlrag.agents.workflow import Script, drive
 from rlrag.checkpoint import Checkpoints, load_config
-from rlrag.console import Bar, bar
+from rlrag.console import LINE_EVERY_S, Bar, bar, say
 from rlrag.data.task import Task, open_source, open_task
 from rlrag.mesh import make_mesh
 from rlrag.model.parameters import initialize, shardings
@@ -39,7 +40,7 @@ def evaluate(
 ) -> list[dict[str, Any]]:
     """One evaluation-mode episode of each example; rows as `row` makes them, in example order, each shown to
     `progress`, with the recall of their searches (`search_recall`)."""
-    play = Play(recipe.workflow, recipe.roles, mode="evaluate")
+    play = Play(recipe.workflow, recipe.roles, mode="evaluate", tools=recipe.tools)
     rows, trajectories = [], []
     for group in engine.run(weights, examples, play, jax.random.key(seed)):
         trajectories.append(group.trajectories[0])
@@ -70,10 +71,18 @@ def evaluate_checkpoint(workdir: Path, data: str, format: str | None = None) -> 
         checkpoints.close()
         engine = build_engine(experiment, task, a, mesh)
         recipe = build_stages(experiment, task)[-1].recipe
-        with bar("evaluate", len(examples)) as progress:
+        with bar("evaluate", len(examples), first_line_s=LINE_EVERY_S) as progress:
             rows = evaluate(engine, {"policy": weights}, examples, recipe, progress=Shown(progress))
         engine.close()
+    for name, summary in bounds(task, examples).items():
+        say(f"{name} policy: EM {summary['em']:.4f}")
     return rows
+
+
+def bounds(task: Task, examples: Sequence[Example]) -> dict[str, dict[str, Any]]:
+    """Summaries of the task's scripted policies, "oracle" and "random", as far as it has them: they frame a score."""
+    scripts = {name: task.bounds[name] for name in ("oracle", "random") if name in task.bounds}
+    return {name: summarize(play_script(task, examples, script_of)) for name, script_of in scripts.items()}
 
 
 class Shown:
@@ -94,15 +103,13 @@ def open_evaluation(
     of_world, asks_world = experiment.data.train.startswith("world:"), data.startswith("world:")
     if asks_world and not of_world:
         raise ValueError(f"{workdir} was trained on {experiment.data.train}, not on a world: give a file, not {data!r}")
-    if of_world:
-        experiment.data.test = data if asks_world else experiment.data.test
-        task, examples = open_task(experiment, workdir), open_source(data, format or "")
-    else:
-        if (workdir / "tokenizer").is_dir() and not experiment.tokenizer.cache:
-            experiment.tokenizer.path = experiment.tokenizer.path or str(workdir / "tokenizer")
-        experiment.data = config.Data(train=data, validation=data, test=data, format=format or "")
-        task = open_task(experiment, workdir)
-        examples = task.test
+    if asks_world:
+        experiment.data.test = data  # opening the task then sees whether it is the same world
+    elif not of_world and not experiment.tokenizer.path and (workdir / "tokenizer").is_dir():
+        experiment.tokenizer.path = str(workdir / "tokenizer")
+    task, examples = open_task(experiment, workdir), open_source(data, format or "")
+    if not of_world and not any(examples[row].gold for row in range(len(examples))):
+        task = replace(task, bounds={name: task.bounds[name] for name in task.bounds if name != "oracle"})
     try:
         for row in range(len(examples)):
             task.tokenizer.encode(examples[row].question)

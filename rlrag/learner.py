@@ -6,7 +6,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from rlrag import config
 from rlrag.console import say
 from rlrag.evaluate import mean_reward
 from rlrag.metrics import Metrics, merge

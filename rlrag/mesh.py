@@ -5,9 +5,9 @@ over `model`. FSDP is nothing but parameters' "embed" dimension lying over `data
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 DATA, MODEL = "data", "model"
@@ -26,7 +26,7 @@ RULES = {
 Axes = tuple[str | None, ...]
 
 
-def make_mesh(data: int = -1, model: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(data: int = -1, model: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
     """A `data` x `model` mesh; data = -1 takes every device that is left.
 
     Raises ValueError when the counts do not multiply to the number of devices.
@@ -39,7 +39,7 @@ def make_mesh(data: int = -1, model: int = 1, devices: Sequence[jax.Device] | No
             f"mesh data={data} x model={model} does not cover {count} device(s): choose sizes whose product is {count}"
         )
     # Auto is named because jax.make_mesh has begun to default to Explicit axes.
-    return Mesh(np.asarray(devices).reshape(data_size, model), (DATA, MODEL), axis_types=(AxisType.Auto,) * 2)
+    return jax.make_mesh((data_size, model), (DATA, MODEL), axis_types=(AxisType.Auto,) * 2, devices=devices)
 
 
 def partition(axes: Axes, shape: Sequence[int] | None = None, mesh: Mesh | None = None) -> PartitionSpec:

@@ -7,6 +7,7 @@ itself, so that the column before a trained token always belongs to its own segm
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import numpy as np
@@ -92,10 +93,10 @@ class _Rows:
         self.count = np.ones(num_rows, np.int32)  # segments used; 0 is padding
         self.open = 0  # rows in use
 
-        def tokens(dtype: type, value: float = 0, *more: int) -> np.ndarray:
+        def tokens(dtype: type, value: float = 0, *more: int) -> Any:  # numpy, on the way to the device
             return np.full((num_rows, T, *more), value, dtype)
 
-        def segments(dtype: type, value: float = 0, *more: int) -> np.ndarray:
+        def segments(dtype: type, value: float = 0, *more: int) -> Any:
             return np.full((num_rows, S, *more), value, dtype)
 
         ints, floats = np.int32, np.float32
@@ -109,7 +110,7 @@ class _Rows:
                 parent=segments(ints), version=segments(ints), weight=segments(floats, 1),
                 rewards=segments(floats, 0, shape.num_rewards), valid=segments(bool, False, shape.num_rewards),
             ),
-        )  # fmt: skip  # type: ignore[arg-type]  # numpy on the way to the device
+        )  # fmt: skip
 
     def first_fit(self, tokens: int, segments: int) -> int:
         """The first row with that much room."""
@@ -168,8 +169,12 @@ class RowsExhausted(ValueError):
 
 
 def pack(
-    groups: Sequence[Group], paid: Sequence[Sequence[Paid]], roles: Mapping[str, int], rewards: Sequence[str], shape: Shape
-) -> Packed:  # fmt: skip
+    groups: Sequence[Group],
+    paid: Sequence[Sequence[Paid]],
+    roles: Mapping[str, int],
+    rewards: Sequence[str],
+    shape: Shape,
+) -> Packed:
     """Lay the trained streams of one model's roles into rows.
 
     paid[g][i] belongs to groups[g].trajectories[i]; roles gives the number of each of this model's roles; rewards the

@@ -16,7 +16,7 @@ from rlrag.checkpoint import Checkpoints, digest
 from rlrag.console import LINE_EVERY_S, bar, headline, say
 from rlrag.data.sources import iterate
 from rlrag.data.task import Task, open_task
-from rlrag.evaluate import Shown, evaluate, play_script, summarize, write_rows
+from rlrag.evaluate import Shown, bounds, evaluate, summarize, write_rows
 from rlrag.learner import Learner
 from rlrag.mesh import make_mesh
 from rlrag.metrics import Writer, num_rows, rewind
@@ -171,7 +171,8 @@ def draw(run: Run, learner: Learner, number: int, first: int, batches: Any, read
     for step in range(first, stage.steps):
         if demonstrate is None:
             examples = next(batches)
-            play = Play(stage.recipe.workflow, stage.recipe.roles, "train", stage.settings.group_size, version=step)
+            recipe = stage.recipe
+            play = Play(recipe.workflow, recipe.roles, "train", stage.settings.group_size, step, recipe.tools)
             root = jax.random.fold_in(jax.random.fold_in(run.key, number + 1), step)
             weights = {"policy": run.pack_weights(learner.state.params)}
             yield batches.get_state(), list(run.engine.run(weights, examples, play, root))
@@ -216,9 +217,7 @@ def score(run: Run, params: Transformer, name: str) -> dict[str, Any]:
     """Score parameters on the test questions; predictions go to a file. Oracle and random policy frame every score."""
     examples, recipe = run.task.test, run.stages[-1].recipe
     if "oracle" not in run.result:
-        for policy in ("oracle", "random"):
-            script_of = run.task.bounds.get(policy)
-            run.result[policy] = summarize(play_script(run.task, examples, script_of)) if script_of else None
+        run.result |= {"oracle": None, "random": None} | bounds(run.task, examples)
     with bar(f"{name} test", len(examples), first_line_s=LINE_EVERY_S) as progress:
         weights = {"policy": run.pack_weights(params)}
         rows = evaluate(run.engine, weights, examples, recipe, progress=Shown(progress))

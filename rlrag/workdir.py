@@ -32,7 +32,9 @@ def open_workdir(directory: Path, experiment: config.Experiment) -> None:
     new, old = config.to_dict(experiment), read(directory / "config.json")
     if old is not None and old != new and holds_checkpoint(directory):
         changed = differences(old, new)
-        shown = "; ".join(changed[:MOST_SHOWN]) + (f"; and {len(changed) - MOST_SHOWN} more" if changed[MOST_SHOWN:] else "")
+        shown = "; ".join(changed[:MOST_SHOWN]) + (
+            f"; and {len(changed) - MOST_SHOWN} more" if changed[MOST_SHOWN:] else ""
+        )
         raise ValueError(
             f"{directory} holds a run with another configuration ({shown}): give the same flags to go on with it, or "
             "another --workdir to begin anew"

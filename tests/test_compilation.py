@@ -28,7 +28,7 @@ from tests.objectives import learner
 from tests.rollout import rehearsal
 
 MESHES = ((8, 1), (4, 2))
-GROUPS = make_groups(8, 4, 4)
+GROUPS = make_groups(8, 7, 4)
 ROWS, TOKENS = 8, 96
 OPERATIONS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
 
@@ -93,11 +93,11 @@ def learn(mesh: jax.sharding.Mesh) -> tuple[dict[str, dict], list[np.ndarray]]:
     # Adam divides by what may be rounding alone: at this rate that stays below the tolerance.
     update = learner.build_update(objective, mesh, rate=1e-4)
     update.accumulate, update.apply = accumulate, apply = Watched(update.accumulate), Watched(update.apply)
-    prepare = Watched(build_prepare({"m": learner.ARCHITECTURE}, {"m": objective}, group_relative(), 4, 16))
+    prepare = Watched(build_prepare({"m": learner.ARCHITECTURE}, {"m": objective}, group_relative(), 7, 28))
     state = update.initialize(learner.parameters())
     reference = update.initialize(learner.parameters(1)).params
     numbers = []
-    for groups in (GROUPS, GROUPS[:3], GROUPS[:1]):
+    for groups in (GROUPS, GROUPS[:4], GROUPS[:1]):
         packed = pack_groups(groups, pay(groups), rows=ROWS, tokens=TOKENS, max_micro=3, max_segments=4)
         num_micro = {"m": np.int32(packed.num_micro)}
         batch = {"m": update.put(packed.batch)}
@@ -137,3 +137,85 @@ def reports(run_on_devices, folder, monkeypatch) -> dict:
         monkeypatch.setenv("RLRAG_TEST_OUT", str(folder))
         run_on_devices(study, 8)
     return json.loads((folder / "reports.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def alone() -> tuple[str, list[np.ndarray]]:
+    """The same on one device."""
+    mesh = make_mesh(devices=jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        return roll_out(mesh)[1], learn(mesh)[1]
+
+
+NAMES = [f"{data}x{model}" for data, model in MESHES]
+
+
+@pytest.mark.parametrize("mesh", NAMES)
+def test_every_program_is_compiled_once(reports, mesh):
+    """Whatever the number of micro-batches, rollouts, stop strings; whatever the second call gets from the first."""
+    compiled = {name: report["compiled"] for name, report in reports[mesh]["programs"].items()}
+    assert compiled == {"prepare": 1, "accumulate": 1, "apply": 1, "advance": 1}
+
+
+# Everything that may be said, by mesh and program. D = 16, F = 24, V = 64, K * H = 8; a micro-batch has 8 x 96 tokens.
+# Parameters of a layer, and the tied embedding, gathered by FSDP (with a model axis: the half a device works on).
+GATHERED = {
+    "8x1": "all-gather f32[16,16] f32[16,8] f32[16,24] f32[24,16] f32[64,16]",
+    "4x2": "all-gather f32[16,8] f32[16,4] f32[16,12] f32[12,16] f32[8,16] f32[32,16] f32[64,8] f32[32,8] "
+    "collective-permute f32[32,4]",
+}
+# Partial results of the model axis: hidden states, and per token the log-sum-exp and the wanted logits. Never logits of
+# the vocabulary, which would be [192, 64].
+PARTIAL = {"8x1": "", "4x2": "all-reduce f32[192,16] f32[192] f32[192,4] all-gather f32[192,16]"}
+# Gradients, summed over data; the sums of metrics.
+GRADIENTS = {
+    "8x1": "all-reduce f32[16,16] f32[8,16] f32[16,24] f32[24,16] f32[64,16] f32[16] f32[4] f32[]",
+    "4x2": "all-reduce f32[16,8] f32[8,16] f32[4,16] f32[16,12] f32[12,16] f32[64,8] f32[32,16] f32[16] f32[4] f32[]",
+}
+# The table of segments, from which credit is summed; counts of each micro-batch; whether any token is forced.
+CREDIT = "all-gather s32[3,8,4] f32[3,8,4] all-reduce f32[3] pred[]"
+
+
+def entries(words: str) -> set[str]:
+    """The operation stands before its shapes: "all-gather f32[2] f32[3]" is two entries."""
+    found, operation = set(), ""
+    for word in words.split():
+        if word in OPERATIONS:
+            operation = word
+        else:
+            found.add(f"{operation} {word}")
+    return found
+
+
+@pytest.mark.parametrize("mesh", NAMES)
+@pytest.mark.parametrize("program", ["advance", "prepare", "accumulate", "apply"])
+def test_collectives(reports, mesh, program):
+    allowed = {
+        "advance": "",
+        "prepare": f"{GATHERED[mesh]} {PARTIAL[mesh]} {CREDIT}",
+        "accumulate": f"{GATHERED[mesh]} {PARTIAL[mesh]} {GRADIENTS[mesh]}",
+        "apply": "all-reduce f32[] pred[]",
+    }
+    found = reports[mesh]["programs"][program]["collectives"]
+    print(f"\n{mesh} {program}: {found or 'none'}")
+    assert set(found) <= entries(allowed[program])
+    if program == "accumulate":
+        assert any(name.startswith(("all-reduce", "reduce-scatter")) for name in found), (
+            "gradients are summed over data"
+        )
+
+
+@pytest.mark.parametrize("mesh", NAMES)
+def test_steps_are_those_of_one_device(reports, folder, alone, mesh):
+    with np.load(folder / f"{mesh}.npz") as file:
+        arrays = [file[name] for name in file.files]
+    assert arrays[0][:, 0].tolist() == [3, 2, 1], "numbers of micro-batches"
+    start = jax.tree.leaves(learner.parameters())
+    for wanted, found in zip(alone[1], arrays, strict=True):
+        np.testing.assert_allclose(found, wanted, atol=1e-6, rtol=5e-6)
+    assert max(float(np.abs(wanted - before).max()) for wanted, before in zip(alone[1][1:], start)) > 2e-4
+
+
+@pytest.mark.parametrize("mesh", NAMES)
+def test_rollouts_are_those_of_one_device(reports, alone, mesh):
+    assert reports[mesh]["fingerprint"] == alone[0]

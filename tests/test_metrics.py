@@ -1,4 +1,5 @@
 import json
+import struct
 
 import jax
 import jax.numpy as jnp
@@ -6,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tensorboardX.proto.event_pb2 import Event
 
 from rlrag.metrics import Peak, Sum, Writer, merge, nothing, num_rows, rewind
 
@@ -80,3 +82,27 @@ def test_a_torn_last_line_is_dropped(tmp_path):
     assert num_rows(path) == 2
     rewind(path, 2)
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+def events(directory):
+    """Every event TensorBoard finds: records of length [8 bytes], checksum [4], the event, checksum [4]."""
+    found = []
+    for path in sorted((directory / "tensorboard").iterdir()):
+        data, at = path.read_bytes(), 0
+        while at < len(data):
+            (length,) = struct.unpack_from("<Q", data, at)
+            found.append(Event.FromString(data[at + 12 : at + 12 + length]))
+            at += length + 16
+    return found
+
+
+def test_tensorboard_reads_what_was_written(tmp_path):
+    writer = Writer(tmp_path, purge_step=7)
+    writer.write("main", 1, 7, {"reward": 0.25, "rollout/tokens_per_s": 1e4})
+    writer.write("warm_up", 2, 8, {"loss/nll": np.float32(1.5)})
+    writer.close()
+    written = events(tmp_path)
+    scalars = [(e.step, v.tag, v.simple_value) for e in written for v in e.summary.value]
+    assert scalars == [(7, "main/reward", 0.25), (7, "main/rollout/tokens_per_s", 1e4), (8, "warm_up/loss/nll", 1.5)]
+    starts = [e.step for e in written if e.HasField("session_log")]
+    assert starts == [7], "what earlier sessions wrote for step 7 and later is forgotten"

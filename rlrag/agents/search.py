@@ -17,13 +17,13 @@ from rlrag.trajectory import TRUNCATED, Example, Outcome
 
 INSTRUCTION = (
     "Answer the question below. Whenever you learn something new, think about it between {think.open} and "
-    "{think.close}. While a fact is missing, ask the search engine for it with {search.open} query {search.close}: what "
-    "it finds is shown between {information.open} and {information.close}. Search as often as needed, then give a short "
-    "final answer without explanation, for example {answer.open} Paris {answer.close}. Question: {question}\n"
+    "{think.close}. While a fact is missing, ask the search engine for it with {search.open} query {search.close}: "
+    "what it finds is shown between {information.open} and {information.close}. Search as often as needed, then give a "
+    "short final answer without explanation, for example {answer.open} Paris {answer.close}. Question: {question}\n"
 )
 CORRECTION = (
-    "\nThat was neither a search nor an answer. A query goes between {search.open} and {search.close}, the final answer "
-    "between {answer.open} and {answer.close}. I will try again.\n"
+    "\nThat was neither a search nor an answer. A query goes between {search.open} and {search.close}, the final "
+    "answer between {answer.open} and {answer.close}. I will try again.\n"
 )
 LAST_CALL = "\nNo more searches are possible. The final answer goes between {answer.open} and {answer.close}.\n"
 

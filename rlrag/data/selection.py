@@ -27,7 +27,7 @@ def open_file(spec: str, format: str | None = None) -> Sequence[Example]:
     Raises ValueError, with the remedy, for a file that is not there, an option that no row has, a value no row has, a
     number that is none, or a selection that leaves nothing; and what `read_examples` raises for the rows themselves.
     """
-    path, query = (spec, "") if Path(spec).exists() else _cut(spec)
+    path, _, query = (spec, "", "") if Path(spec).exists() or "?" not in spec else spec.rpartition("?")
     if not Path(path).is_file():
         what = "is a directory" if Path(path).is_dir() else "does not exist"
         raise ValueError(
@@ -36,11 +36,6 @@ def open_file(spec: str, format: str | None = None) -> Sequence[Example]:
         )
     examples = load_examples(path, format)
     return _select(spec, examples, query) if query else examples
-
-
-def _cut(spec: str) -> tuple[str, str]:
-    path, _, query = spec.partition("?")
-    return path, query
 
 
 def _select(spec: str, examples: list[Example], query: str) -> list[Example]:

@@ -69,7 +69,9 @@ def parse_world(spec: str) -> tuple[Any, dict[str, Any]]:
     try:
         options = parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query))
     except ValueError:
-        raise ValueError(f"{spec!r}: write name=value pairs joined by &, as in world:{name}?split=train&n=1000") from None
+        raise ValueError(
+            f"{spec!r}: write name=value pairs joined by &, as in world:{name}?split=train&n=1000"
+        ) from None
     for option, text in options:
         if option not in place and option not in known:
             raise ValueError(f"{spec!r} has the option {option!r}; there are: {', '.join([*place, *known])}")
@@ -124,8 +126,8 @@ def open_world_task(experiment: Experiment) -> Task:
             raise ValueError(f"data.train and data.{name} must be one world: {', '.join(different)}; make them equal")
     if experiment.retriever.kind != "world":
         raise ValueError(
-            f"retriever.kind is {experiment.retriever.kind!r}, but a world's questions are about its own passages: give "
-            "--config.retriever.kind=world, or questions from files"
+            f"retriever.kind is {experiment.retriever.kind!r}, but a world's questions are about its own passages: "
+            "give --config.retriever.kind=world, or questions from files"
         )
     tokenizer = world.tokenizer()
     tokenizer.pad_to(experiment.model.vocab_size)  # before the agent reads the vocabulary

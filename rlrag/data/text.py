@@ -102,15 +102,16 @@ def open_tokenizer(experiment: Experiment, passages: Sequence[Passage], workdir:
     size, tags = settings.train_vocab_size, Tags().strings
     folder = Path(settings.cache) if settings.cache else workdir and workdir / "tokenizer"
     trained_on = {"sha256": _digest(passages), "vocab_size": size, "special": list(tags)}
-    if folder and (folder / TRAINED_ON).is_file():
-        kept = json.loads((folder / TRAINED_ON).read_text())
-        if kept != trained_on:
+    kept = json.loads((folder / TRAINED_ON).read_text()) if folder and (folder / TRAINED_ON).is_file() else None
+    if folder and kept is not None:
+        if kept == trained_on:
+            return Tokenizer.load(folder)
+        if settings.cache or any((folder.parent / "checkpoints").glob("*")):  # else nothing was learned with it yet
             different = ", ".join(name for name in trained_on if kept.get(name) != trained_on[name])
             raise ValueError(
                 f"{folder} holds a tokenizer trained on another corpus or size ({different} differ): remove it, choose "
                 "another place with --config.tokenizer.cache=DIR, or use it with --config.tokenizer.path"
             )
-        return Tokenizer.load(folder)
     tokenizer = train_bpe((f"{passage.title}\n{passage.text}" for passage in passages), size, special=tags)
     if folder:
         tokenizer.save(folder)

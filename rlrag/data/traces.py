@@ -33,6 +33,13 @@ LAST = (
     "The facts are together.",
 )
 
+ABOUT = (
+    "Who or what is {title}?",
+    "What is known about {title}?",
+    "When and where did {title} begin?",
+    "Which country is {title} from?",
+    "Where does {title} come from, and when?",
+)
 SearchFunction = Callable[[Sequence[str], int, str | None], list[list[Passage]]]
 Turn = tuple[Sequence[int], str]  # what a script writes: tokens, and their text
 
@@ -65,6 +72,7 @@ class Traces:
         self.agent, self.passages = agent, passages
         self.opening = replace(agent, max_turns=1, on_limit="truncate")
         self.mistakes, self.brief = mistakes or Mistakes(), brief
+        self._drawn = [passage for passage in passages.values() if passage.title and passage.text]
 
     def demonstrator(self, example: Example, number: int) -> Script:
         """Think, search for each gold passage in hop order, answer with the gold answer; `mistakes` on the way.
@@ -74,13 +82,17 @@ class Traces:
         return _Trace(self, example, random.Random(f"{example.id} {number}"), self.mistakes)
 
     def demonstrate(self, example: Example, number: int, search: SearchFunction) -> Trajectory:
-        """The demonstrator's episode, or only its first turn.
+        """The demonstrator's episode; or, with probability `brief`, the first turn of one about a random passage.
 
-        A model from scratch has to learn to copy before anything else, and the first turn, which carries the question
-        over into a query, teaches that at a fifth of the tokens.
+        A model from scratch has to learn to copy before anything else. First turns teach it at a fifth of the tokens,
+        and a few hundred questions alone would be learned by heart.
         """
-        brief = random.Random(f"brief {example.id} {number}").random() < self.brief
-        return drive(self.opening if brief else self.agent, example, self.demonstrator(example, number), search)
+        dice = random.Random(f"brief {example.id} {number}")
+        if dice.random() >= self.brief:
+            return drive(self.agent, example, self.demonstrator(example, number), search)
+        passage = self._drawn[int(dice.random() * len(self._drawn))]
+        about = replace(example, question=invented_question(passage, dice), gold=(passage.id,))
+        return drive(self.opening, about, self.demonstrator(about, number), search)
 
     def oracle(self, example: Example) -> Script:
         """Searches for every gold title, answers right if that brought every gold passage, and else with a title.
@@ -197,6 +209,16 @@ class _Trace:
 
     def _pick(self, options):
         return options[0] if self.dice is None else options[int(self.dice.random() * len(options))]
+
+
+def invented_question(passage: Passage, dice: random.Random) -> str:
+    """Something to ask about a passage: its title in a question, or some of its words with the title before them."""
+    if dice.random() < 0.5:
+        return dice.choice(ABOUT).format(title=passage.title)
+    words = passage.text.split()
+    count = dice.randint(4, 20)
+    start = int(dice.random() * max(1, len(words) - count))
+    return f"{passage.title} {' '.join(words[start : start + count])}?"
 
 
 def hop_order(question: str, passages: Sequence[Passage]) -> list[Passage]:

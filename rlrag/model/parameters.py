@@ -5,7 +5,7 @@ Initial values, shardings and shapes all derive from `describe`, so a new leaf i
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
@@ -63,31 +63,31 @@ def describe(architecture: Architecture) -> Transformer:
     L, D, F, V = a.num_layers, a.embed_dim, a.mlp_dim, a.vocab_size
     query_dim, kv_dim = a.num_heads * a.head_dim, a.num_kv_heads * a.head_dim
 
-    def when(condition: bool, leaf: Leaf) -> Leaf | None:
-        return leaf if condition else None
+    def leaf(shape: tuple[int, ...], axes: Axes, stddev: float, there: bool = True) -> Any:
+        return Leaf(shape, axes, stddev) if there else None
 
     layers = Layers(
-        attention_norm=Leaf((L, D), (None, None), 0),
-        query=Leaf((L, D, query_dim), (None, "embed", "heads"), D**-0.5),
-        key=Leaf((L, D, kv_dim), (None, "embed", "kv_heads"), D**-0.5),
-        value=Leaf((L, D, kv_dim), (None, "embed", "kv_heads"), D**-0.5),
-        query_bias=when(a.qkv_bias, Leaf((L, query_dim), (None, "heads"), 0.02)),
-        key_bias=when(a.qkv_bias, Leaf((L, kv_dim), (None, "kv_heads"), 0.02)),
-        value_bias=when(a.qkv_bias, Leaf((L, kv_dim), (None, "kv_heads"), 0.02)),
-        query_norm=when(a.qk_norm, Leaf((L, a.head_dim), (None, None), 0)),
-        key_norm=when(a.qk_norm, Leaf((L, a.head_dim), (None, None), 0)),
-        output=Leaf((L, query_dim, D), (None, "heads", "embed"), query_dim**-0.5),
-        mlp_norm=Leaf((L, D), (None, None), 0),
-        gate=Leaf((L, D, F), (None, "embed", "mlp"), D**-0.5),
-        up=Leaf((L, D, F), (None, "embed", "mlp"), D**-0.5),
-        down=Leaf((L, F, D), (None, "mlp", "embed"), F**-0.5),
+        attention_norm=leaf((L, D), (None, None), 0),
+        query=leaf((L, D, query_dim), (None, "embed", "heads"), D**-0.5),
+        key=leaf((L, D, kv_dim), (None, "embed", "kv_heads"), D**-0.5),
+        value=leaf((L, D, kv_dim), (None, "embed", "kv_heads"), D**-0.5),
+        query_bias=leaf((L, query_dim), (None, "heads"), 0.02, a.qkv_bias),
+        key_bias=leaf((L, kv_dim), (None, "kv_heads"), 0.02, a.qkv_bias),
+        value_bias=leaf((L, kv_dim), (None, "kv_heads"), 0.02, a.qkv_bias),
+        query_norm=leaf((L, a.head_dim), (None, None), 0, a.qk_norm),
+        key_norm=leaf((L, a.head_dim), (None, None), 0, a.qk_norm),
+        output=leaf((L, query_dim, D), (None, "heads", "embed"), query_dim**-0.5),
+        mlp_norm=leaf((L, D), (None, None), 0),
+        gate=leaf((L, D, F), (None, "embed", "mlp"), D**-0.5),
+        up=leaf((L, D, F), (None, "embed", "mlp"), D**-0.5),
+        down=leaf((L, F, D), (None, "mlp", "embed"), F**-0.5),
     )
     return Transformer(
-        embed=Leaf((V, D), ("vocab", "embed"), 0.02),
+        embed=leaf((V, D), ("vocab", "embed"), 0.02),
         layers=layers,
-        final_norm=Leaf((D,), (None,), 0),
-        head=when(not a.tied, Leaf((V, D), ("vocab", "embed"), D**-0.5)),
-    )  # type: ignore[arg-type]  # a tree of Leaf in the shape of the parameters
+        final_norm=leaf((D,), (None,), 0),
+        head=leaf((V, D), ("vocab", "embed"), D**-0.5, not a.tied),
+    )
 
 
 def is_leaf(x: object) -> bool:

@@ -96,7 +96,7 @@ def project(x: jax.Array, weights: Layers | DecodeLayer, a: Architecture) -> tup
     q = q.reshape(-1, a.num_heads, a.head_dim)
     k = k.reshape(-1, a.num_kv_heads, a.head_dim)
     v = v.reshape(-1, a.num_kv_heads, a.head_dim)
-    if weights.query_norm is not None:
+    if weights.query_norm is not None and weights.key_norm is not None:
         q, k = rms_norm(q, weights.query_norm, a.norm_epsilon), rms_norm(k, weights.key_norm, a.norm_epsilon)
     return q, k, v
 
@@ -151,13 +151,11 @@ def pack(params: Transformer, a: Architecture) -> DecodeWeights:
     cast = partial(jnp.asarray, dtype=a.dtype)
 
     def pack_layer(weights: Layers) -> DecodeLayer:
-        bias = None
-        if weights.query_bias is not None:
-            bias = cast(jnp.concatenate([weights.query_bias, weights.key_bias, weights.value_bias], -1))
+        biases = [bias for bias in (weights.query_bias, weights.key_bias, weights.value_bias) if bias is not None]
         return DecodeLayer(
             attention_norm=weights.attention_norm,
             qkv=cast(jnp.concatenate([weights.query, weights.key, weights.value], -1)),
-            qkv_bias=bias,
+            qkv_bias=cast(jnp.concatenate(biases, -1)) if biases else None,
             query_norm=weights.query_norm,
             key_norm=weights.key_norm,
             output=cast(weights.output),

@@ -5,8 +5,9 @@ by the whole minibatch's counts; apply steps the optimizer. Nothing depends on h
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
@@ -24,15 +25,13 @@ from rlrag.objectives.credit import Credit, Scored
 from rlrag.objectives.losses import Objective
 from rlrag.objectives.scoring import no_scores, score
 
-Params = Transformer
-
 
 @flax.struct.dataclass
 class TrainState:
     """What one model's optimisation carries from step to step."""
 
-    params: Params
-    opt_state: optax.OptState
+    params: Transformer
+    opt_state: Any  # optax's, of build_optimizer
     step: jax.Array  # optimizer steps taken, skipped ones included
 
 
@@ -97,7 +96,7 @@ class Update:
         self._zeros = jax.jit(lambda params: jax.tree.map(jnp.zeros_like, params), out_shardings=params)
         self._empty: Metrics | None = None
 
-    def initialize(self, params: Params) -> TrainState:
+    def initialize(self, params: Any) -> TrainState:
         """A fresh state around params (which it takes over), laid out over the mesh."""
         where = self._where()
         params = jax.device_put(params, where.params)
@@ -110,7 +109,7 @@ class Update:
         a, replicated = self.architecture, NamedSharding(self.mesh, PartitionSpec())
         params = shardings(a, self.mesh)
         # optax keeps moments in trees of the parameters' shape: map those like the parameters, the rest replicated.
-        abstract = jax.eval_shape(lambda: self.optimizer.init(initialize(a, jax.random.key(0))))
+        abstract = jax.eval_shape(lambda: self.optimizer.init(initialize(a, jax.random.key(0))))  # type: ignore[arg-type]
         opt_state = optax.tree_utils.tree_map_params(
             self.optimizer, lambda _, spec: spec, abstract, params, transform_non_params=lambda _: replicated
         )
@@ -175,7 +174,7 @@ def apply(optimizer, schedule, state: TrainState, grads) -> tuple[TrainState, Ap
     # The optimizer's own count stands still in a skipped step, and so does its schedule.
     learning_rate = jnp.asarray(schedule(state.step - state.opt_state.total_notfinite))
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+    params = jax.tree.map(lambda leaf, update: (leaf + update).astype(leaf.dtype), state.params, updates)
     skipped = 1.0 - opt_state.last_finite.astype(jnp.float32)
     return TrainState(params, opt_state, state.step + 1), Applied(norm, skipped, learning_rate)
 
@@ -192,7 +191,7 @@ def build_prepare(architectures: dict[str, Architecture], objectives: dict[str, 
             return jax.lax.dynamic_update_index_in_dim(values, logp, index, 0)
 
         values = jax.lax.fori_loop(0, num_micro, one, getattr(batch, field))
-        return batch.replace(**{field: values})
+        return replace(batch, **{field: values})
 
     def prepare(params, references, batches: dict[str, Batch], num_micro: dict[str, jax.Array]) -> Prepared:
         scored = {}
@@ -205,12 +204,12 @@ def build_prepare(architectures: dict[str, Architecture], objectives: dict[str, 
                 forced = batch.trained > batch.sampled
                 scored_micro = jnp.where(jnp.any(forced), num_micro[name], 0)
                 learner = write_logp(name, "old_logp", params[name], batch, scored_micro).old_logp
-                batch = batch.replace(old_logp=jnp.where(forced, learner, batch.logp))
+                batch = replace(batch, old_logp=jnp.where(forced, learner, batch.logp))
             if objective.needs_reference:
                 batch = write_logp(name, "ref_logp", references[name], batch, num_micro[name])
             scored[name] = batch
         weights, metrics = credit(Scored(scored, num_groups, num_episodes))
-        prepared = {name: scored[name].replace(weight=jax.lax.stop_gradient(weights[name])) for name in weights}
+        prepared = {name: replace(scored[name], weight=jax.lax.stop_gradient(weights[name])) for name in weights}
 
         def count(objective: Objective, micro: Batch) -> dict[str, jax.Array]:
             # Counts come from the batch alone, so the forward pass behind the stand-ins is never run.

@@ -20,7 +20,7 @@ Demonstrate = Callable[[Example, int], Trajectory]
 
 class Recipe(NamedTuple):
     """roles: role -> model and sampling. rewards: the named rewards the credit adds up, in order. learn: model ->
-    objective; a model that is absent is frozen."""
+    objective; a model that is absent is frozen. tools: host callables by the name workflows call them."""
 
     workflow: Workflow
     roles: Mapping[str, Role]
@@ -28,6 +28,7 @@ class Recipe(NamedTuple):
     rewards: tuple[str, ...]
     credit: Credit
     learn: Mapping[str, Objective]
+    tools: Mapping[str, Callable] = {}  # noqa: RUF012  # read only
 
 
 class Stage(NamedTuple):

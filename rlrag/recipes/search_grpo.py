@@ -4,12 +4,15 @@ Search-R1 (Jin et al. 2025, arXiv 2503.09516) with the group-relative advantage 
 supervised learning on the task's demonstrations.
 """
 
+from rlrag import config
 from rlrag.agents.workflow import Role, Sampling
 from rlrag.config import Experiment
 from rlrag.data.task import Task
 from rlrag.objectives import credit, losses
 from rlrag.recipes.recipe import Recipe, Stage
 from rlrag.rewards.answer import answer_reward
+from rlrag.rewards.format import format_reward, search_r1_reward
+from rlrag.rewards.paid import Reward, combined
 
 POLICY = "policy"
 
@@ -42,11 +45,24 @@ def recipe(experiment: Experiment, task: Task) -> Recipe:
         Sampling(train.temperature, train.top_k, train.top_p),
         Sampling(evaluate.temperature, evaluate.top_k, evaluate.top_p),
     )
+    reward, names = outcome_reward(experiment.reward)
     return Recipe(
         workflow=task.workflow,
         roles={"agent": role},
-        reward=answer_reward(experiment.reward.metric),  # type: ignore[arg-type]  # checked there
-        rewards=("answer",),
+        reward=reward,
+        rewards=names,
         credit=credit.ones(),
         learn={POLICY: losses.nll()},
     )
+
+
+def outcome_reward(settings: config.Reward) -> tuple[Reward, tuple[str, ...]]:
+    """What an episode is paid, and the names of its parts."""
+    if settings.metric == "search_r1":
+        if settings.format:
+            raise ValueError(f"reward.format is {settings.format}: the rule of reward.metric=search_r1 has its own, give 0")
+        return combined((search_r1_reward(), 1.0), (answer_reward(), 0.0)), ("score",)  # EM and F1 for the record
+    answer = answer_reward(settings.metric)  # type: ignore[arg-type]  # checked there
+    if not settings.format:
+        return answer, ("answer",)
+    return combined((answer, 1.0), (format_reward(), settings.format)), ("answer", "format")

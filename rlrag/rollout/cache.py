@@ -26,7 +26,7 @@ def empty(architecture: Architecture, num_pages: int, page_size: int) -> Cache:
     layers = range(architecture.num_layers)
 
     def zeros() -> jax.Array:
-        return constrain(jnp.zeros(shape, architecture.dtype), "kv_heads", "pages", None)
+        return constrain(jnp.zeros(shape, architecture.dtype), None, "pages", None)
 
     return Cache(tuple(zeros() for _ in layers), tuple(zeros() for _ in layers))
 

@@ -59,6 +59,8 @@ class Pages:
             self.references[page] -= 1
             if self.references[page] == 0:
                 self._free[page] = None
+                if page not in self._names:  # nobody can find it again: overwritten before all others
+                    self._free.move_to_end(page, last=False)
 
     def name(self, page: int, name: bytes) -> None:
         """Make a page findable by content. The first page of a name keeps it."""

@@ -269,7 +269,7 @@ def test_invalid_action_is_corrected(turn):
     done = play(SearchAgent(TAGGED), [turn, "<answer>x</answer>"])
     assert (done.outcome.answer, done.status) == ("x", COMPLETED)
     assert fields(done, "turns", "searches", "invalid_turns") == [2, 0, 1]
-    assert "My previous action is invalid." in text_of(done, TAGGED)
+    assert "That was neither a search nor an answer." in text_of(done, TAGGED)
     assert ("correction", "environment") in done.outcome.fields["blocks"]
     correction = done.streams[0].spans[2]
     assert correction.act == 0  # masked

@@ -218,6 +218,20 @@ def test_minibatches_are_normalised_by_their_own_tokens():
     assert difference(moved[0][0], moved[1][0]) <= 1e-6
 
 
+def test_metrics_of_a_step_are_its_own():
+    """Nothing is left over from the step before, whose sums were donated."""
+    packed = pack_groups(GROUPS, PAID, rows=2, max_micro=4)
+    update = build_update(nll())
+    state = update.initialize(parameters())
+    counts = []
+    for micros in ([0, 1], [0, 1], [0]):
+        prepared = prepare(update, packed, state.params, None, ones())
+        state, sums, _ = update.step(state, prepared.batches["m"], prepared.counts["m"], micros)
+        counts.append(float(sums["loss/nll"].count))
+    trained = (packed.batch.act > 0).sum((1, 2))
+    assert counts == [trained[0] + trained[1], trained[0] + trained[1], trained[0]]
+
+
 def test_rows_that_the_devices_cannot_share_are_named():
     class TwoShards:
         shape = {"data": 2, "model": 1}  # noqa: RUF012

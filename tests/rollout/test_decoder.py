@@ -70,6 +70,7 @@ def test_taking_pages_away_changes_no_token(roomy, tight, weights):
     assert usage.evictions == 0
     assert cramped.evictions > 0
     assert cramped.prefill_tokens > usage.prefill_tokens, "what was taken away is computed again"
+    assert cramped.shared_tokens > 0, "but not what nobody has written over yet"
     emitted = 3 * 7 * len(PROMPTS)
     for each, spec in ((usage, SPEC), (cramped, TIGHT)):
         assert each.live_lane_steps >= emitted - 3 * len(PROMPTS) * 6  # END may come early

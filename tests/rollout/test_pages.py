@@ -31,7 +31,7 @@ class Model:
         for page in reversed(pages):
             self.holders[page] -= 1
             if self.holders[page] == 0:
-                self.freed.append(page)
+                self.freed.insert(len(self.freed) if page in self.names.values() else 0, page)
 
     def name(self, page, name):
         if name not in self.names:
@@ -83,6 +83,17 @@ def test_fuzz(dice, steps):
         pages.release(stream)
     assert pages.num_held == 0
     assert len(pages.take(SIZE) or []) == SIZE
+
+
+def test_pages_that_nobody_can_find_are_overwritten_first():
+    pages = Pages(3, 4)
+    named, nameless, third = pages.take(3) or []
+    pages.name(named, b"n")
+    pages.name(third, b"t")
+    pages.release([named])
+    pages.release([third])
+    pages.release([nameless])
+    assert pages.take(2) == [nameless, named]
 
 
 def test_the_page_unused_for_longest_is_overwritten_first_and_a_prompt_from_its_end():
