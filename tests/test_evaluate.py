@@ -3,6 +3,7 @@ import json
 import numpy as np
 import pytest
 
+from rlrag.checkpoint import Checkpoints, digest
 from rlrag.config import to_dict
 from rlrag.data.task import open_task
 from rlrag.evaluate import (
@@ -126,10 +127,13 @@ def run(tmp_path_factory):
     return directory, train(tiny(), directory)
 
 
-def test_a_checkpoint_plays_the_same_episodes_again(run):
-    directory, _ = run
+def test_a_checkpoint_plays_the_same_episodes_again(run, monkeypatch):
+    directory, result = run
+    restored, restore = [], Checkpoints.restore_params
+    monkeypatch.setattr(Checkpoints, "restore_params", lambda *args: restored.append(restore(*args)) or restored[0])
     rows = evaluate_checkpoint(directory, tiny().data.test)
     assert rows == read_json(directory / "predictions_final.jsonl")
+    assert digest(restored[0]) == result["weights_sha256"]
 
 
 def test_a_checkpoint_plays_other_questions_of_its_world(run):

@@ -22,7 +22,6 @@ from rlrag.trajectory import (
     FAILED,
     FORCED,
     OBSERVED,
-    SAMPLED,
     SEARCH_FAILED,
     Example,
     Outcome,

@@ -26,6 +26,8 @@ def empty(architecture: Architecture, num_pages: int, page_size: int) -> Cache:
     layers = range(architecture.num_layers)
 
     def zeros() -> jax.Array:
+        # Whole over `model`: split heads would put collectives into loops that end at different times on different data
+        # shards, and those wait for each other for ever.
         return constrain(jnp.zeros(shape, architecture.dtype), None, "pages", None)
 
     return Cache(tuple(zeros() for _ in layers), tuple(zeros() for _ in layers))

@@ -34,6 +34,7 @@ def test_two_parts_of_one_order_share_nothing_and_lose_nothing(questions):
     assert sorted(first + rest) == [f"film-{number}" for number in range(8)]
     assert first + rest != sorted(first + rest), "the order was drawn"
     assert first == ids(f"{questions}?split=train&seed=5&n=3"), "and is the same every time"
+    assert rest[:2] == ids(f"{questions}?split=train&seed=5&skip=3&n=2"), "skip comes before n"
     assert first + rest != ids(f"{questions}?split=train&seed=6")
 
 

@@ -126,8 +126,7 @@ def test_a_question_without_gold_is_searched_for_by_its_words(films):
         {"max_turns": 1},
         {"max_searches": 1},
         {"max_searches": 0},
-        {"max_tokens_per_turn": 12},
-        {"max_tokens_per_turn": 3},
+        {"max_tokens_per_turn": 16},
         {"max_tokens": 250, "max_answer_tokens": 8},
         {"max_tokens": 420, "on_limit": "truncate"},
     ],
@@ -144,8 +143,18 @@ def test_no_trace_is_longer_than_the_agents_limits(films, mistakes, limits):
         ):
             assert trajectory.status in (COMPLETED, TRUNCATED)
             assert trajectory.streams[0].num_tokens <= agent.max_tokens
+            assert trajectory.outcome.fields["invalid_turns"] == 0, "what is shortened stays a search or an answer"
             written = [len(span.tokens) for span in trajectory.streams[0].spans if span.act == FORCED]
             assert max(written) <= max(agent.max_tokens_per_turn, agent.max_answer_tokens)
+
+
+@pytest.mark.parametrize("limits", [{"max_turns": 1}, {"max_searches": 1}, {"max_searches": 0}])
+def test_a_trace_answers_before_a_limit_makes_it(films, limits):
+    agent = films.agent(**limits)
+    traces = Traces(agent, films.passages, NEVER)
+    for example in films.examples:
+        trajectory = films.play(traces.demonstrator(example, 0), example, agent)
+        assert (trajectory.outcome.fields["limit"], trajectory.outcome.answer) == (None, example.answers[0])
 
 
 def test_what_others_wrote_opens_no_tag(films):
