@@ -57,7 +57,8 @@ RULES = {
     "rlrag.data.worlds": Rule("rlrag.data rlrag.trajectory rlrag.agents", "numpy"),
     # What brings them together.
     "rlrag.recipes": Rule(
-        "rlrag.recipes rlrag.agents rlrag.rewards rlrag.objectives rlrag.trajectory rlrag.config rlrag.data.task", "numpy"
+        "rlrag.recipes rlrag.agents rlrag.rewards rlrag.objectives rlrag.trajectory rlrag.config rlrag.data.task",
+        "numpy",
     ),
     "rlrag.console": Rule("", "rich"),
     "rlrag.report": Rule("", "numpy matplotlib"),
@@ -68,7 +69,9 @@ RULES = {
     "rlrag.learner": Rule("kernels rlrag", "jax numpy"),
     "rlrag.train": Rule("kernels rlrag", "jax numpy flax optax grain rich matplotlib"),
     "configs": Rule("configs rlrag.recipes rlrag.config rlrag.model.architecture rlrag.data", "ml_collections"),
-    "launch": Rule("launch configs rlrag.train rlrag.evaluate rlrag.config rlrag.console", "absl ml_collections jax numpy rich"),
+    "launch": Rule(
+        "launch configs rlrag.train rlrag.evaluate rlrag.config rlrag.console", "absl ml_collections jax numpy rich"
+    ),
     "launch.prepare_data": Rule("launch rlrag.data rlrag.trajectory", "absl numpy tensorflow_datasets"),
     "launch.bench": Rule("launch kernels rlrag", "absl jax flax optax numpy"),
 }
@@ -225,7 +228,8 @@ def test_every_module_has_its_test_file():
         test = ROOT / TESTED_WITH.get(shown, _shown(test))
         if path.stem != "__init__" and not test.exists():
             missing.append(f"{shown}: no {_shown(test)}")
-    report(missing + [f"TESTED_WITH names {path}, which is not there" for path in TESTED_WITH if not (ROOT / path).exists()])
+    gone = [path for path in TESTED_WITH if not (ROOT / path).exists()]
+    report(missing + [f"TESTED_WITH names {path}, which is not there" for path in gone])
 
 
 def _shown(path: Path) -> str:

@@ -28,7 +28,7 @@ class Recipe(NamedTuple):
     rewards: tuple[str, ...]
     credit: Credit
     learn: Mapping[str, Objective]
-    tools: Mapping[str, Callable] = {}  # noqa: RUF012  # read only
+    tools: Mapping[str, Callable] = {}  # read only
 
 
 class Stage(NamedTuple):

@@ -60,7 +60,9 @@ def outcome_reward(settings: config.Reward) -> tuple[Reward, tuple[str, ...]]:
     """What an episode is paid, and the names of its parts."""
     if settings.metric == "search_r1":
         if settings.format:
-            raise ValueError(f"reward.format is {settings.format}: the rule of reward.metric=search_r1 has its own, give 0")
+            raise ValueError(
+                f"reward.format is {settings.format}: reward.metric=search_r1 has its own format rule, give 0"
+            )
         return combined((search_r1_reward(), 1.0), (answer_reward(), 0.0)), ("score",)  # EM and F1 for the record
     answer = answer_reward(settings.metric)  # type: ignore[arg-type]  # checked there
     if not settings.format:
