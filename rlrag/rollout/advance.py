@@ -2,8 +2,8 @@
 
 The host owns pages, tokens and decisions; the device owns arithmetic. Everything the device must know for a round
 comes in an `Inbox` of fixed shapes, so the program is compiled once per base model. The whole program runs inside one
-`shard_map` over `data`: streams, pages and slots of a data shard never look at another shard's, and loops end when a
-shard's own work does. The `model` axis stays automatic.
+`shard_map`: streams, pages and slots of a data shard never look at another shard's, and loops end when a shard's own
+work does. No collective can stand inside such loops, so weights and cache are whole over `model` for now.
 """
 
 from dataclasses import dataclass
@@ -222,7 +222,6 @@ def build_advance(spec: Spec, a: Architecture, end_id: int, mesh: Mesh):
         mesh=mesh,
         in_specs=(whole, second, inbox_specs, whole, whole, whole),
         out_specs=(second, shard),
-        axis_names={DATA},
         check_vma=False,  # never differentiated
     )
     # Every input's sharding is spelled out: numpy arrays then land in place, and one compilation serves all calls.

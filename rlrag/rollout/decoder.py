@@ -209,6 +209,7 @@ class Decoder:
     def _schedule_shard(self, shard: int, prefill: Prefill, rows: int) -> None:
         """Give live streams pages for a burst, then waiting calls prefill rows and free slots, in order of arrival."""
         slots, spec = self._slots[shard], self.spec
+        self._touched.clear()
         for lane, stream in enumerate(slots):
             if stream is not None and not self._reserve(stream, stream.length + spec.burst):
                 # No page is left to take from anyone waiting: the call goes on when others have ended.
@@ -216,18 +217,19 @@ class Decoder:
                 self._evict(stream)
                 stream.status = PENDING
                 self._pending[shard].appendleft(stream)
-        self._touched.clear()
         used = np.zeros(spec.prefill_chunks, np.int32)  # rows per chunk
         ready_chunk: dict[int, int] = {}  # page -> chunk of this round that completes it
         free = deque(lane for lane, stream in enumerate(slots) if stream is None)
         queue, self._pending[shard] = self._pending[shard], deque()
         while queue:
             stream = queue.popleft()
+            # Shared pages are taken up first: reserving may overwrite pages that nobody holds.
+            chunk = self._share(stream, ready_chunk) if free else 0
             if not free or not self._reserve(stream, stream.length + spec.burst):
                 self._pending[shard].append(stream)
                 self._pending[shard].extend(queue)
                 break
-            if self._prefill(stream, prefill, shard * rows, rows, used, ready_chunk):
+            if self._prefill(stream, chunk, prefill, shard * rows, rows, used, ready_chunk):
                 slots[free.popleft()] = stream
                 stream.status = LIVE
             else:
@@ -239,10 +241,9 @@ class Decoder:
                 f"pages of {spec.page_size}: raise rollout.num_pages"
             )
 
-    def _prefill(self, stream: CachedStream, prefill: Prefill, first_row: int, rows: int, used: np.ndarray, ready_chunk: dict[int, int]) -> bool:  # fmt: skip # noqa: E501
-        """Put the uncached tokens, all but the newest, into chunks. True when they all fit this round."""
+    def _prefill(self, stream: CachedStream, j: int, prefill: Prefill, first_row: int, rows: int, used: np.ndarray, ready_chunk: dict[int, int]) -> bool:  # fmt: skip # noqa: E501
+        """Put the uncached tokens, all but the newest, into chunks from j on. True when they all fit this round."""
         C = self.spec.prefill_chunk
-        j = self._share(stream, ready_chunk)
         end = stream.length - 1
         while stream.cached < end:
             while j < len(used) and used[j] == rows:
@@ -264,7 +265,7 @@ class Decoder:
 
     def _share(self, stream: CachedStream, ready_chunk: dict[int, int]) -> int:
         """Take whole cached pages of the same tokens in place of computing them. Returns the first chunk that may read
-        them: one after the chunk of this very round that completes the last of them."""
+        them: the one of this very round that completes the last of them, since a layer writes before it reads."""
         size, pages, chunk = self.spec.page_size, self.pages[stream.shard], 0
         while stream.cached == len(stream.names) * size and stream.cached + size <= stream.length - 1:
             number = len(stream.names)
@@ -280,7 +281,7 @@ class Decoder:
             stream.names.append(name)
             stream.cached += size
             self.usage.shared_tokens += size
-            chunk = max(chunk, ready_chunk.get(page, -1) + 1)
+            chunk = max(chunk, ready_chunk.get(page, 0))
         return chunk
 
     def _name_pages(self, stream: CachedStream) -> list[int]:
@@ -307,7 +308,6 @@ class Decoder:
                 return False
             # Waiting streams before pending ones, the youngest first: the oldest are about to go on.
             self._evict(max(idle, key=lambda s: (s.status == WAITING, s.since)))
-            self.usage.evictions += 1
         taken = pages.take(needed)
         assert taken is not None
         stream.pages += taken
@@ -316,6 +316,7 @@ class Decoder:
     def _evict(self, stream: CachedStream) -> None:
         self.pages[stream.shard].release(stream.pages)
         stream.pages, stream.names, stream.cached = [], [], 0
+        self.usage.evictions += 1
 
     def _stop_table(self) -> tuple[jax.Array, jax.Array]:
         if self._stops_on_device is None or self._stops_on_device[0] != self.stops.version:

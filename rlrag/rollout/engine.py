@@ -52,7 +52,7 @@ class EngineUsage:
     episodes: int = 0
     searches: int = 0
     search_batches: int = 0
-    search_s: float = 0.0  # summed over episodes: request to reply
+    search_s: float = 0.0  # summed over queries: request to reply
     starved_s: float = 0.0  # nothing to decode: every running episode waits for the host threads
     workflow_s: float = 0.0  # inside workflow generators
     seconds: float = 0.0
@@ -308,7 +308,7 @@ class Engine:
                 if isinstance(reply, Found):
                     wait_s = begin - ticket.asked
                     self.usage.searches += len(ticket.request.queries)
-                    self.usage.search_s += wait_s
+                    self.usage.search_s += wait_s * len(ticket.request.queries)
                     ticket.running.episode.searched(ticket.request, reply, wait_s)
                 ticket.running.episode.reply(ticket.number, reply)
                 self._ready.append(ticket.running)
