@@ -16,10 +16,8 @@ class Segments:
     episode: jax.Array  # int: number of the trajectory in this batch; -1 = none
     call: jax.Array  # int: number of the stream within its trajectory
     group: jax.Array  # int: number of the question in this batch; -1 = none
-    source: jax.Array  # int: which source of data it came from
     parent: jax.Array  # int: segment whose tokens precede this one's; 0 = none
     version: jax.Array  # int: policy version that sampled it
-    weight: jax.Array  # float: row weight
     rewards: jax.Array  # float [..., S, R]: named rewards, in the recipe's order
     valid: jax.Array  # bool [..., S, R]: whether the reward speaks of this segment
 

@@ -195,6 +195,11 @@ def check(experiment: Experiment) -> None:
         experiment.model.check()
     except ValueError as error:
         raise ValueError(f"model.{error}") from None
+    if experiment.model.param_dtype != "float32":
+        raise ValueError(
+            f"model.param_dtype is {experiment.model.param_dtype}: training needs float32 parameters, since small steps "
+            "vanish in others; --config.model.dtype=bfloat16 makes activations and decode weights bfloat16"
+        )
     if experiment.main.steps:
         raise ValueError(
             f"main.steps is {experiment.main.steps}: leave it 0, the main stage has --config.steps={experiment.steps}"

@@ -106,8 +106,8 @@ class _Rows:
             logp=tokens(floats), entropy=tokens(floats), certainty=tokens(floats), bonus=tokens(floats),
             weight=tokens(floats), old_logp=tokens(floats), ref_logp=tokens(floats),
             segments=Segments(
-                episode=segments(ints, -1), call=segments(ints), group=segments(ints, -1), source=segments(ints),
-                parent=segments(ints), version=segments(ints), weight=segments(floats, 1),
+                episode=segments(ints, -1), call=segments(ints), group=segments(ints, -1),
+                parent=segments(ints), version=segments(ints),
                 rewards=segments(floats, 0, shape.num_rewards), valid=segments(bool, False, shape.num_rewards),
             ),
         )  # fmt: skip
