@@ -197,7 +197,7 @@ def check(experiment: Experiment) -> None:
         raise ValueError(f"model.{error}") from None
     if experiment.model.param_dtype != "float32":
         raise ValueError(
-            f"model.param_dtype is {experiment.model.param_dtype}: training needs float32 parameters, since small steps "
+            f"model.param_dtype is {experiment.model.param_dtype}: training needs float32 parameters, small steps "
             "vanish in others; --config.model.dtype=bfloat16 makes activations and decode weights bfloat16"
         )
     if experiment.main.steps:
