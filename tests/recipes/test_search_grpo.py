@@ -92,7 +92,7 @@ def test_the_rule_of_search_r1(task):
     assert amounts == {"score": 0.8}
     assert metrics["em"] == 1.0
     experiment.reward.format = 0.1
-    with pytest.raises(ValueError, match=r"reward.format is 0.1: the rule of reward.metric=search_r1 has its own"):
+    with pytest.raises(ValueError, match=r"reward.format is 0.1: reward.metric=search_r1 has its own"):
         paid(experiment, task, "New York")
 
 
