@@ -37,7 +37,7 @@ def bm25() -> Experiment:
     return Experiment(
         name="multihop:bm25",
         steps=60,
-        checkpoint_every=20,
+        checkpoint_every=50,
         model=Architecture(vocab_size=4096, num_layers=3, embed_dim=192, num_heads=4, num_kv_heads=4, head_dim=48,
                            mlp_dim=384, embed_scale=192**0.5, scan_unroll=3),
         data=Data(
