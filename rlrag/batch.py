@@ -39,9 +39,11 @@ class Batch:
     entropy: jax.Array  # float, nats: as sampled
     certainty: jax.Array  # float, nats: as sampled
     bonus: jax.Array  # float: additive per-token reward terms
-    weight: jax.Array  # float: advantage or likelihood weight; written by prepare
-    old_logp: jax.Array  # float, nats: of the policy at the start of the update; written by prepare
-    ref_logp: jax.Array  # float, nats: of the reference; written by prepare where the recipe needs it
+    weight: jax.Array  # float: advantage or likelihood weight; written by credit
+    old_logp: jax.Array  # float, nats: of the policy at the start of the update; this and below written by prepare ...
+    ref_logp: jax.Array  # float, nats: of the reference
+    value: jax.Array  # float, reward: what the critic expects before the token
+    target: jax.Array  # float, reward: what it should have said; ... where the recipe needs them
     segments: Segments
 
     @property

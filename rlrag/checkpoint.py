@@ -1,8 +1,9 @@
 """Saving and restoring a run, Orbax behind one file.
 
-A checkpoint holds everything a resume needs: every model's train state, the stage's reference, and as JSON the stage,
-the step, the data cursor and the number of metrics rows. The resolved configuration lies beside the checkpoints. Orbax
-writes to a temporary name and renames, so a crash while saving leaves the previous checkpoint good.
+A checkpoint holds everything a resume needs: every model's parameters, optimizer state and reference, and as JSON the
+stage, the step, the data cursor, episodes played ahead and the number of metrics rows. The resolved configuration lies
+beside the checkpoints. Orbax writes to a temporary name and renames, so a crash while saving leaves the previous
+checkpoint good.
 """
 
 import hashlib
@@ -46,14 +47,14 @@ class Checkpoints:
                 "state"
             ]
 
-    def restore_params(self, step: int, like: Any) -> Any:
-        """The model's parameters alone, in the tree, shapes and shardings of `like`; optimizer state stays on disk."""
-        item = {"state": {"params": jax.tree.map(ocp.utils.to_shape_dtype_struct, like)}}
+    def restore_params(self, step: int, like: Any, model: str = "policy") -> Any:
+        """A model's parameters alone, in the tree, shapes and shardings of `like`; what else there is stays on disk."""
+        item = {"params": {model: jax.tree.map(ocp.utils.to_shape_dtype_struct, like)}}
         restore_args = ocp.checkpoint_utils.construct_restore_args(item)
         args = ocp.args.PyTreeRestore(item=item, restore_args=restore_args, partial_restore=True)
         # A reader of its own: the manager reads `state` in one way for life, the way it was first saved or restored.
         with self._told(step), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-            return reader.restore(self.directory.resolve() / str(step) / "state", args=args)["state"]["params"]
+            return reader.restore(self.directory.resolve() / str(step) / "state", args=args)["params"][model]
 
     @contextmanager
     def _told(self, step: int) -> Iterator[None]:

@@ -7,7 +7,7 @@ import dataclasses
 import json
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from rlrag.model.architecture import Architecture
 
@@ -95,8 +95,8 @@ class Rollout:
 
 
 @dataclass
-class Update:
-    """One stage's optimisation."""
+class Optimizer:
+    """AdamW behind a clip of the gradient's global norm."""
 
     learning_rate: float = 1e-3
     schedule: str = "constant"  # constant | cosine | linear, after warm-up
@@ -106,16 +106,59 @@ class Update:
     b2: float = 0.99
     weight_decay: float = 0.0
     clip_norm: float = 1.0  # of the global gradient
+
+
+@dataclass
+class Update(Optimizer):
+    """One stage's optimisation: the policy's optimizer, and how a batch is cut."""
+
     row_tokens: int = 128  # T of a packed row
     micro_rows: int = 32  # R of a micro-batch
     max_micro: int = 8  # micro-batches the batch arrays hold; they grow (one compile more) when that is too few
     max_segments: int = 16  # per row
     epochs: int = 1  # passes over a batch
     minibatches: int = 1  # optimizer steps a pass
+
+
+@dataclass
+class Credit:
+    """How rewards become a weight for every trained token (rlrag/objectives/credit.py has the equations)."""
+
+    kind: str = "group"  # group: z-score | leave_one_out | returns | gae | rejection
+    divide: bool = True  # group: by the group's standard deviation (Dr. GRPO: no)
+    gamma: float = 1.0  # returns, gae: discount an action token
+    lam: float = 1.0  # gae: lambda
+    whiten: bool = True  # returns, gae: over all trained tokens of the batch
+    baseline: bool = False  # returns: less the mean reward of the group
+    threshold: float = 1.0  # rejection: least reward of an episode that is learned from
+    kl_reward: float = 0.0  # coefficient of a KL penalty within the reward
+
+
+@dataclass
+class Loss:
+    """What the main stage minimises (rlrag/objectives/losses.py has the equations)."""
+
+    ratio: Literal["token", "sequence"] = "token"  # token | sequence: of what the probability ratio is (GSPO: sequence)
+    aggregate: Literal["token", "sequence", "constant"] = (
+        "token"  # token | sequence | constant: what the mean is over (GRPO, DAPO, Dr. GRPO)
+    )
+    constant_tokens: int = 0  # constant: tokens a sequence counts for; 0: the longest an episode can be
     clip_low: float = 0.2  # of the ratio, below 1
     clip_high: float = 0.2  # above 1
-    kl: float = 0.0  # coefficient of k3 to the stage's reference
-    old_logp: str = "sampler"  # "sampler": as recorded; "recompute": scored again by the learner
+    dual_clip: float = 0.0  # bound of the ratio where the advantage is negative, above 1; 0: none
+    kl: float = 0.0  # coefficient of the KL to the stage's reference, as a loss
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"  # k1 | k2 | k3, of the loss and of the reward
+    kl_target: float = 0.0  # nats a token that the KL coefficient adapts to; 0: fixed
+    kl_horizon: int = 10_000  # episodes over which it adapts
+    entropy: float = 0.0  # coefficient of an entropy bonus
+    old_logp: str = "sampler"  # of the ratio. "sampler": as recorded; "recompute": scored again by the learner
+    importance: Literal["none", "token", "sequence"] = (
+        "none"  # none | token | sequence: truncated weights from the sampler to old_logp
+    )
+    importance_cap: float = 2.0
+    critic: str = ""  # trunk: a value head on the policy | separate: a model of its own; gae needs one
+    value: float = 0.5  # coefficient of the value loss, where the head is on the trunk
+    value_clip: float = 0.2  # how far a value may move from its old one before its gradient stops; 0: not clipped
 
 
 @dataclass
@@ -128,7 +171,12 @@ class Stage:
     until_metric: str = ""  # stop early when this validation metric ...
     until_value: float = 0.0  # ... reaches this
     evaluate_every: int = 0  # steps; 0: only at the ends
+    dynamic_sampling: int = 0  # rollouts a step at most, to fill it with groups whose rewards differ (DAPO); 0: off
+    one_step_off: bool = False  # play the next batch while this one is learned from: it is one policy version old
     update: Update = field(default_factory=Update)
+    credit: Credit = field(default_factory=Credit)
+    loss: Loss = field(default_factory=Loss)
+    critic: Optimizer = field(default_factory=Optimizer)  # of a separate critic
 
 
 @dataclass
@@ -137,6 +185,24 @@ class Reward:
 
     metric: str = "em"  # em | f1 | contains | search_r1 (Search-R1's rule of answer and format)
     format: float = 0.0  # added for a well-formed episode
+    overlong: float = 0.0  # taken at most from an episode that comes near the longest allowed (DAPO)
+    overlong_tokens: int = 16  # over which that grows
+
+
+@dataclass
+class Watch:
+    """When to raise an alarm: a bound that a metric crosses for `patience` steps in a row; 0: never. Alarms are told,
+    written to the metrics and to alarms.jsonl; training goes on."""
+
+    patience: int = 3  # steps
+    max_gap: float = 0.05  # nats: mean |sampler - learner| log-prob of a token
+    max_ratio: float = 20.0  # highest probability ratio before clipping
+    min_entropy: float = 0.0  # nats
+    max_zero_variance: float = 0.95  # share of groups without a gradient
+    min_legal: float = 0.5  # share of generations the protocol allows
+    max_truncated: float = 0.5  # share of episodes cut by a limit
+    max_grad_norm: float = 100.0  # before clipping
+    max_reward_drop: float = 0.5  # share of the best reward, both averaged over steps, that is lost
 
 
 @dataclass
@@ -146,8 +212,10 @@ class Experiment:
     name: str = "experiment"
     seed: int = 0
     steps: int = 200
-    recipe: str = "rlrag.recipes.search_grpo:build"  # module:function from (Experiment, Parts) to stages
+    recipe: str = "rlrag.recipes.search_grpo:build"  # module:function from (Experiment, Task) to stages
+    warm_start: str = ""  # workdir of a run whose newest policy begins the main stage, in place of a warm-up
     checkpoint_every: int = 50  # steps; the end of a stage is saved too
+    best_metric: str = "em"  # of validation: its best parameters are kept in DIR/best
     model: Architecture = field(default_factory=Architecture)
     mesh: Mesh = field(default_factory=Mesh)
     data: Data = field(default_factory=Data)
@@ -156,6 +224,7 @@ class Experiment:
     agent: Agent = field(default_factory=Agent)
     rollout: Rollout = field(default_factory=Rollout)
     reward: Reward = field(default_factory=Reward)
+    watch: Watch = field(default_factory=Watch)
     warm_up: Stage = field(default_factory=Stage)
     main: Stage = field(default_factory=Stage)
 
@@ -170,15 +239,29 @@ AT_LEAST_1 = {
     ),
     Stage: "questions group_size",
     Update: "row_tokens micro_rows max_micro epochs minibatches",
+    Loss: "kl_horizon importance_cap",
+    Reward: "overlong_tokens",
+    Watch: "patience",
     Mesh: "data model",
 }
-AT_MOST_1 = {Sampling: "top_p", Update: "b1 b2 final_fraction clip_low"}
-ABOVE_0 = {Sampling: "top_p", Update: "learning_rate clip_norm", Retriever: "deadline_s"}
+AT_MOST_1 = {Sampling: "top_p", Optimizer: "b1 b2 final_fraction", Credit: "gamma lam", Loss: "clip_low"}
+ABOVE_0 = {Sampling: "top_p", Optimizer: "learning_rate clip_norm", Retriever: "deadline_s"}
+EVALUATED = ("em", "f1", "answered", "recall")
 CHOICES = {
-    Update: {"schedule": ("constant", "cosine", "linear"), "old_logp": ("sampler", "recompute")},
+    Optimizer: {"schedule": ("constant", "cosine", "linear")},
+    Credit: {"kind": ("group", "leave_one_out", "returns", "gae", "rejection")},
+    Loss: {
+        "ratio": ("token", "sequence"),
+        "aggregate": ("token", "sequence", "constant"),
+        "kl_estimator": ("k1", "k2", "k3"),
+        "old_logp": ("sampler", "recompute"),
+        "importance": ("none", "token", "sequence"),
+        "critic": ("", "trunk", "separate"),
+    },
     Retriever: {"kind": ("world", "bm25")},
     Reward: {"metric": ("em", "f1", "contains", "search_r1")},
-    Stage: {"until_metric": ("", "em", "f1", "answered", "recall")},
+    Stage: {"until_metric": ("", *EVALUATED)},
+    Experiment: {"best_metric": EVALUATED},
 }
 
 
@@ -205,6 +288,7 @@ def check(experiment: Experiment) -> None:
             f"main.steps is {experiment.main.steps}: leave it 0, the main stage has --config.steps={experiment.steps}"
         )
     for name, stage in (("warm_up", experiment.warm_up), ("main", experiment.main)):
+        check_algorithm(stage, name)
         if stage.until_metric and not stage.evaluate_every:
             raise ValueError(
                 f"{name}.until_metric is {stage.until_metric!r} but {name}.evaluate_every 0: give a number of steps"
@@ -214,15 +298,36 @@ def check(experiment: Experiment) -> None:
     check_sampling(experiment.rollout)
 
 
+def check_algorithm(stage: Stage, name: str) -> None:
+    """What of a stage's algorithm must go together."""
+    credit, loss = stage.credit, stage.loss
+    if (credit.kind == "gae") != bool(loss.critic):
+        raise ValueError(
+            f"{name}.credit.kind is {credit.kind!r} and {name}.loss.critic {loss.critic!r}: gae needs a critic, "
+            f"'trunk' or 'separate', and nothing else does"
+        )
+    if 0 < loss.dual_clip <= 1:
+        raise ValueError(f"{name}.loss.dual_clip is {loss.dual_clip}: give more than 1, such as 3, or 0 for none")
+    if loss.kl_target and not (loss.kl or credit.kl_reward):
+        raise ValueError(f"{name}.loss.kl_target is {loss.kl_target}: give a loss.kl or credit.kl_reward to begin with")
+    if loss.importance != "none" and loss.old_logp == "sampler":
+        raise ValueError(
+            f"{name}.loss.importance is {loss.importance!r}, weights from the sampler to old_logp, and old_logp is the "
+            f"sampler's: give --config.{name}.loss.old_logp=recompute"
+        )
+    if credit.kind in ("group", "leave_one_out") and stage.dynamic_sampling and stage.group_size < 2:
+        raise ValueError(f"{name}.dynamic_sampling is {stage.dynamic_sampling}, but groups have one member")
+
+
 def check_part(part: Any, prefix: str) -> None:
     """Ranges and choices of every field of a part, and of the parts in it."""
 
     def listed(table: dict[type, str], name: str) -> bool:
-        return name in table.get(type(part), "").split()
+        return any(name in table.get(cls, "").split() for cls in type(part).mro())
 
     for f in dataclasses.fields(part):
         name, value = prefix + f.name, getattr(part, f.name)
-        choices = CHOICES.get(type(part), {}).get(f.name)
+        choices = next((c for cls in type(part).mro() if (c := CHOICES.get(cls, {}).get(f.name))), None)
         if dataclasses.is_dataclass(value):
             check_part(value, f"{name}.")
         elif choices and value not in choices:

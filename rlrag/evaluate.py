@@ -21,7 +21,7 @@ from rlrag.recipes.recipe import Recipe
 from rlrag.retrieval.client import Index
 from rlrag.rewards.answer import exact_match, f1
 from rlrag.rollout.engine import Engine, Play
-from rlrag.setup import build_architecture, build_engine, build_stages
+from rlrag.setup import acting_models, build_architecture, build_engine, build_stages
 from rlrag.trajectory import Example, Group, Trajectory
 
 CONFIDENCE = 0.95
@@ -67,12 +67,14 @@ def evaluate_checkpoint(workdir: Path, data: str, format: str | None = None) -> 
     with jax.set_mesh(mesh):
         a = build_architecture(experiment, task)
         like = jax.jit(lambda: initialize(a, jax.random.key(0)), out_shardings=shardings(a, mesh))()
-        weights = jax.jit(lambda params: pack(params, a))(checkpoints.restore_params(step, like))
+        stages = build_stages(experiment, task)
+        recipe, pack_weights = stages[-1].recipe, jax.jit(lambda params: pack(params, a))
+        models = acting_models(stages[-1:])
+        weights = {model: pack_weights(checkpoints.restore_params(step, like, model)) for model in models}
         checkpoints.close()
-        engine = build_engine(experiment, task, a, mesh)
-        recipe = build_stages(experiment, task)[-1].recipe
+        engine = build_engine(experiment, task, a, mesh, models)
         with bar("evaluate", len(examples), first_line_s=LINE_EVERY_S) as progress:
-            rows = evaluate(engine, {"policy": weights}, examples, recipe, progress=Shown(progress))
+            rows = evaluate(engine, weights, examples, recipe, progress=Shown(progress))
         engine.close()
     for name, summary in bounds(task, examples).items():
         say(f"{name} policy: EM {summary['em']:.4f}")

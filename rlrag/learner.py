@@ -1,82 +1,139 @@
-"""One stage's learning: groups of episodes in, an update out: reward, pack, prepare, accumulate, apply."""
+"""One stage's learning: collected episodes in, an update out: pack, prepare, accumulate, apply, for every model."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
+from rlrag import config
+from rlrag.collection import Collected
 from rlrag.console import say
 from rlrag.evaluate import mean_reward
-from rlrag.metrics import Metrics, merge
+from rlrag.metrics import Metrics, merge, numbers
 from rlrag.model.architecture import Architecture
-from rlrag.model.parameters import Transformer
+from rlrag.model.parameters import Transformer, reshaped, shardings
+from rlrag.objectives.losses import MAX_TURNS
 from rlrag.objectives.update import TrainState, Update, build_optimizer, build_prepare, build_schedule
-from rlrag.packing import Packed, RowsExhausted, Shape
+from rlrag.packing import Packed, RowsExhausted, Shape, unpack
 from rlrag.packing import pack as pack_rows
-from rlrag.recipes.recipe import Stage
+from rlrag.recipes.recipe import POLICY, Learn, Stage
 from rlrag.rewards.paid import Paid
-from rlrag.trajectory import Group
+from rlrag.trajectory import TRUNCATED, Group
+
+Call = tuple[int, int]  # number of the trajectory in the batch, number of the stream in it
+
+
+class Learned(NamedTuple):
+    """What a step was like and did, by name; and the weight of every token of each stream, less what it shares."""
+
+    values: dict[str, float]
+    advantages: dict[Call, np.ndarray]
 
 
 class Learner:
-    """The policy's train state in one stage, and the three programs that change it."""
+    """The models of one stage, the train states of those that learn, and the programs that change them."""
 
-    def __init__(self, stage: Stage, a: Architecture, mesh: jax.sharding.Mesh, num_kept: int, params: Transformer):
-        """params are taken over: what begins the stage, and its reference where the objective wants one."""
-        update, objective = stage.settings.update, stage.recipe.learn["policy"]
-        self.stage, self.num_kept, self.max_micro = stage, num_kept, update.max_micro
-        steps = stage.steps * update.minibatches * update.epochs
-        schedule = build_schedule(
-            update.schedule, update.learning_rate, update.warm_up_steps, steps, update.final_fraction
-        )
-        optimizer = build_optimizer(
-            schedule, b1=update.b1, b2=update.b2, weight_decay=update.weight_decay, clip_norm=update.clip_norm
-        )
-        self.update = Update(a, objective, optimizer, schedule, mesh)
+    def __init__(
+        self,
+        stage: Stage,
+        a: Architecture,
+        mesh: jax.sharding.Mesh,
+        num_kept: int,
+        models: Mapping[str, Transformer],
+    ):
+        """models are taken over: what begins the stage, by name, and the reference where an objective wants one. A
+        model that is not among them begins as a copy of `policy`."""
+        self.stage, self.num_kept, self.max_micro = stage, num_kept, stage.settings.update.max_micro
+        recipe, self.learn_of = stage.recipe, stage.recipe.learn
+        self.architectures = {name: architecture_of(a, self.learn_of.get(name)) for name in recipe.models}
+        begun = {name: begin(models, name, own, mesh) for name, own in self.architectures.items()}
+        self.reads = {name: learn.reads or name for name, learn in self.learn_of.items()}
+        self.frozen = {name: params for name, params in begun.items() if name not in self.learn_of}
+        self.references: dict[str, Transformer | None] = {
+            name: copied(begun[name]) if "ref_logp" in learn.objective.needs else None
+            for name, learn in self.learn_of.items()
+        }
+        self.updates = {
+            name: build_update(stage, self.architectures[name], learn, mesh) for name, learn in self.learn_of.items()
+        }
+        self.states: dict[str, TrainState] = {
+            name: update.initialize(begun[name]) for name, update in self.updates.items()
+        }
         questions, episodes = stage.settings.questions, stage.settings.questions * stage.settings.group_size
-        self.prepare = build_prepare({"policy": a}, {"policy": objective}, stage.recipe.credit, questions, episodes)
-        self.reference = jax.tree.map(lambda x: x.copy(), params) if objective.needs_reference else None
-        self.state: TrainState = self.update.initialize(params)
-        self.roles = {name: index for index, name in enumerate(stage.recipe.roles)}
+        objectives = {name: learn.objective for name, learn in self.learn_of.items()}
+        self.prepare = build_prepare(self.architectures, objectives, self.reads, recipe.credit, questions, episodes)
+        self.roles = {name: index for index, name in enumerate(recipe.roles)}
+        self.coefficients = {name: coefficient.value for name, coefficient in recipe.coefficients.items()}
 
-    def learn(self, groups: Sequence[Group], step: int) -> dict[str, float]:
-        """One batch: an optimizer step a minibatch. step: number of the batch, which seeds the order of minibatches.
-        Returns what the batch was like and what the update did, by name."""
-        update = self.stage.settings.update
-        paid = [self.stage.recipe.reward(group) for group in groups]
+    @property
+    def models(self) -> dict[str, Transformer]:
+        """The parameters of every model as they stand."""
+        return self.frozen | {name: state.params for name, state in self.states.items()}
+
+    @property
+    def acting(self) -> dict[str, Transformer]:
+        """Of those that speak."""
+        models = self.models
+        return {role.model: models[role.model] for role in self.stage.recipe.roles.values()}
+
+    def learn(self, collected: Collected, step: int) -> Learned:
+        """One batch: an optimizer step a minibatch. step: number of the batch, which seeds the order of minibatches."""
+        groups, paid = collected.accepted()
         packed = self.pack(groups, paid)
-        batch = {"policy": self.update.put(packed.batch)}
-        num_micro = {"policy": np.int32(packed.num_micro)}
-        prepared = self.prepare({"policy": self.state.params}, {"policy": self.reference}, batch, num_micro)
-        sums: Metrics | None = None
-        applied = []
-        for epoch in range(update.epochs):
-            for micros in minibatches(packed.num_micro, update.minibatches, seed=(step, epoch)):
-                self.state, new, report = self.update.step(
-                    self.state, prepared.batches["policy"], prepared.counts["policy"], micros
-                )
+        batches = {name: next(iter(self.updates.values())).put(one.batch) for name, one in packed.items()}
+        num_micro = {name: np.int32(one.num_micro) for name, one in packed.items()}
+        coefficients = {name: np.float32(value) for name, value in self.coefficients.items()}
+        params = {name: state.params for name, state in self.states.items()}
+        prepared = self.prepare(params, self.references, batches, num_micro, coefficients)
+        values = {}
+        for name, update in self.updates.items():
+            batch, micros = prepared.batches[self.reads[name]], packed[self.reads[name]].num_micro
+            own = self._steps(name, update, batch, prepared.counts[name], micros, coefficients, step)
+            prefix = "" if name == POLICY or len(self.updates) == 1 else f"{name}/"
+            values |= {prefix + key: value for key, value in own.items()}
+        values |= numbers(jax.device_get(prepared.metrics), {})
+        values |= describe(collected, next(iter(packed.values())))
+        values |= {f"coefficient/{name}": value for name, value in self.coefficients.items()}
+        played = sum(len(group.trajectories) for group in groups)
+        for name, coefficient in self.stage.recipe.coefficients.items():
+            self.coefficients[name] = coefficient.following(self.coefficients[name], values, played)
+        advantages = {}
+        for name, one in packed.items():
+            advantages |= unpack(np.asarray(prepared.batches[name].weight), one.places)
+        return Learned(values, advantages)
+
+    def _steps(self, name: str, update: Update, batch, counts, num_micro: int, coefficients, step: int):
+        """Every minibatch of every epoch of one model; its numbers."""
+        settings, sums, applied = self.stage.settings.update, None, []
+        for epoch in range(settings.epochs):
+            for micros in minibatches(num_micro, settings.minibatches, seed=(step, epoch)):
+                self.states[name], new, report = update.step(self.states[name], batch, counts, coefficients, micros)
                 sums = new if sums is None else merge(sums, new)
                 applied.append(report)
         assert sums is not None
-        metrics, reports, credit = jax.device_get(({k: v.value() for k, v in sums.items()}, applied, prepared.metrics))
-        values = {name: float(value) for name, value in metrics.items()}
-        values |= {name: float(value.value()) for name, value in credit.items()}
-        values |= {name: float(np.mean([getattr(r, name) for r in reports])) for name in ("grad_norm", "learning_rate")}
-        values["skipped"] = float(np.sum([r.skipped for r in reports]))
-        return values | describe(groups, paid, packed)
+        host: tuple[Metrics, list] = jax.device_get((sums, applied))
+        labels = {"role": list(self.roles), "turn": [f"turn_{turn}" for turn in range(MAX_TURNS)]}
+        values = numbers(host[0], labels)
+        values |= {each: float(np.mean([getattr(r, each) for r in host[1]])) for each in ("grad_norm", "learning_rate")}
+        values["skipped"] = float(np.sum([r.skipped for r in host[1]]))
+        return with_spread(values)
 
-    def pack(self, groups: Sequence[Group], paid: Sequence[Sequence[Paid]]) -> Packed:
-        """Rows of the batch. Where they are too few there are twice as many from then on, and that is said: every
-        program is compiled once more."""
-        update = self.stage.settings.update
+    def pack(self, groups: Sequence[Group], paid: Sequence[Sequence[Paid]]) -> dict[str, Packed]:
+        """Rows of the batch of every model that is learned from. Where they are too few there are twice as many from
+        then on, and that is said: every program is compiled once more."""
+        update, recipe = self.stage.settings.update, self.stage.recipe
         while True:
             shape = Shape(
                 update.micro_rows, update.row_tokens, update.max_segments, self.max_micro, self.num_kept,
-                len(self.stage.recipe.rewards),
+                len(recipe.rewards),
             )  # fmt: skip
             try:
-                return pack_rows(groups, paid, self.roles, self.stage.recipe.rewards, shape)
+                return {
+                    model: pack_rows(groups, paid, self._roles_of(model), recipe.rewards, shape)
+                    for model in dict.fromkeys(self.reads.values())
+                }
             except RowsExhausted as full:
                 self.max_micro *= 2
                 say(
@@ -84,13 +141,62 @@ class Learner:
                     f"--config.{self.stage.name}.update.max_micro={self.max_micro} has it from the start)"
                 )
 
+    def _roles_of(self, model: str) -> dict[str, int]:
+        return {name: self.roles[name] for name, role in self.stage.recipe.roles.items() if role.model == model}
+
     # -- saving -------------------------------------------------------------------------------------------------------
 
     def arrays(self) -> dict[str, Any]:
-        return {"state": self.state} | ({} if self.reference is None else {"reference": self.reference})
+        """What a checkpoint holds; parameters in one place, whether they learn or not."""
+        return {
+            "params": self.models,
+            "optimizer": {name: {"state": s.opt_state, "step": s.step} for name, s in self.states.items()},
+            "reference": {name: params for name, params in self.references.items() if params is not None},
+        }
 
-    def restore(self, arrays: Mapping[str, Any], max_micro: int) -> None:
-        self.state, self.reference, self.max_micro = arrays["state"], arrays.get("reference"), max_micro
+    def meta(self) -> dict[str, Any]:
+        return {"max_micro": self.max_micro, "coefficients": self.coefficients}
+
+    def restore(self, arrays: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
+        params = arrays["params"]
+        self.frozen = {name: params[name] for name in self.frozen}
+        self.states = {
+            name: TrainState(params[name], saved["state"], saved["step"]) for name, saved in arrays["optimizer"].items()
+        }
+        self.references |= arrays["reference"]
+        self.max_micro, self.coefficients = meta["max_micro"], dict(meta["coefficients"])
+
+
+# -- how models begin -------------------------------------------------------------------------------------------------
+
+
+def architecture_of(a: Architecture, learn: Learn | None) -> Architecture:
+    """With a value head where the objective reads one."""
+    return replace(a, value_head=learn is not None and "value" in learn.objective.needs)
+
+
+def begin(models: Mapping[str, Transformer], name: str, a: Architecture, mesh: jax.sharding.Mesh) -> Transformer:
+    """The parameters of a model in this stage's architecture."""
+    source = name if name in models else POLICY
+    if source not in models:
+        raise ValueError(
+            f"model {name!r} is new in this stage, and there is no {POLICY!r} to copy: {', '.join(models)}"
+        )
+    params = models[name] if name in models else copied(models[POLICY])
+    return jax.device_put(reshaped(params, a), shardings(a, mesh))
+
+
+def copied(params: Transformer) -> Transformer:
+    return jax.tree.map(lambda leaf: leaf.copy(), params)
+
+
+def build_update(stage: Stage, a: Architecture, learn: Learn, mesh: jax.sharding.Mesh) -> Update:
+    update = stage.settings.update
+    o: config.Optimizer = learn.optimizer or update
+    steps = stage.steps * update.minibatches * update.epochs
+    schedule = build_schedule(o.schedule, o.learning_rate, o.warm_up_steps, steps, o.final_fraction)
+    optimizer = build_optimizer(schedule, b1=o.b1, b2=o.b2, weight_decay=o.weight_decay, clip_norm=o.clip_norm)
+    return Update(a, learn.objective, optimizer, schedule, mesh)
 
 
 def minibatches(num_micro: int, count: int, seed: tuple[int, int]) -> list[list[int]]:
@@ -101,18 +207,39 @@ def minibatches(num_micro: int, count: int, seed: tuple[int, int]) -> list[list[
     return [part.tolist() for part in np.array_split(order, min(count, num_micro))]
 
 
-def describe(groups: Sequence[Group], paid: Sequence[Sequence[Paid]], packed: Packed) -> dict[str, float]:
-    """What the episodes of a batch were like."""
-    trajectories = [t for group in groups for t in group.trajectories]
-    payments = [payment for group in paid for payment in group]
+# -- what is reported -------------------------------------------------------------------------------------------------
+
+
+def with_spread(values: dict[str, float]) -> dict[str, float]:
+    """Second moments turned into what people read: the ratio's standard deviation, and the share of the targets'
+    variance that the critic explained before this step learned from them."""
+    if "ratio_squared" in values:
+        values["ratio_std"] = max(0.0, values.pop("ratio_squared") - values["ratio"] ** 2) ** 0.5
+    if "value_error_squared" in values:
+        variance = values.pop("value_target_squared") - values["value_target"] ** 2
+        error = values.pop("value_error_squared")
+        values["explained_variance"] = 1 - error / variance if variance > 1e-8 else 0.0
+    return values
+
+
+def describe(collected: Collected, packed: Packed) -> dict[str, float]:
+    """What the episodes of a batch were like: of all that were played, learned from or not."""
+    trajectories = [t for group in collected.groups for t in group.trajectories]
+    payments = [payment for group in collected.paid for payment in group]
     values = {
-        "reward": mean_reward(groups, paid),
+        "reward": mean_reward(collected.groups, collected.paid),
         "fill": packed.fill,
         "micro_batches": packed.num_micro,
         "trained_tokens": int((packed.batch.act > 0).sum()),
         "left_out": packed.left_out,
+        "staleness": float(collected.step - collected.version),
+        "accepted_groups": float(np.mean(collected.accept)),
         "searches": float(np.mean([t.num_searches for t in trajectories])),
+        "truncated": float(np.mean([t.status == TRUNCATED for t in trajectories])),
     }
+    turns = sum(t.outcome.fields.get("turns", 0) for t in trajectories)
+    if turns:
+        values["legal"] = 1 - sum(t.outcome.fields.get("invalid_turns", 0) for t in trajectories) / turns
     for name in sorted({name for payment in payments for name in payment.metrics}):
         values[name] = float(np.mean([payment.metrics[name] for payment in payments if name in payment.metrics]))
     for status in sorted({t.status for t in trajectories}):

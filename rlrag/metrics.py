@@ -7,7 +7,7 @@ nothing.
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import numpy as np
 
 @flax.struct.dataclass
 class Sum:
-    """A mean in two parts: total and the count it is over."""
+    """A mean in two parts: total and the count it is over; several means where these are vectors."""
 
     total: jax.Array
     count: jax.Array
@@ -45,7 +45,20 @@ class Peak:
         return self.highest
 
 
-Metric = Sum | Peak
+@flax.struct.dataclass
+class Least:
+    """The smallest value seen."""
+
+    lowest: jax.Array
+
+    def merge(self, other: "Least") -> "Least":
+        return Least(jnp.minimum(self.lowest, other.lowest))
+
+    def value(self) -> jax.Array:
+        return self.lowest
+
+
+Metric = Sum | Peak | Least
 Metrics = dict[str, Metric]
 
 
@@ -57,8 +70,28 @@ def merge(first: Mapping[str, Metric], second: Mapping[str, Metric]) -> Metrics:
 
 def nothing(like: Mapping[str, Metric]) -> Metrics:
     """What changes nothing when it is merged with metrics of these names and shapes, on the host."""
-    zero, lowest = np.float32(0), np.float32(-np.inf)
-    return {name: Sum(zero, zero) if isinstance(metric, Sum) else Peak(lowest) for name, metric in like.items()}  # type: ignore[arg-type]
+    start = {Sum: 0.0, Peak: -np.inf, Least: np.inf}
+
+    def one(metric: Metric) -> Metric:
+        return jax.tree.map(lambda leaf: np.full(leaf.shape, start[type(metric)], np.float32), metric)
+
+    return {name: one(metric) for name, metric in like.items()}
+
+
+def numbers(metrics: Mapping[str, Metric], labels: Mapping[str, Sequence[str]]) -> dict[str, float]:
+    """Metrics as numbers, on the host. A vector "NAME_by_AXIS" becomes NAME/LABEL for each label of the axis that was
+    counted."""
+    values: dict[str, float] = {}
+    for name, metric in metrics.items():
+        value = np.asarray(metric.value())
+        if value.ndim == 0:
+            values[name] = float(value)
+            continue
+        assert isinstance(metric, Sum)
+        stem, _, axis = name.rpartition("_by_")
+        counted = zip(labels[axis], value, np.asarray(metric.count))
+        values |= {f"{stem}/{label}": float(number) for label, number, count in counted if count > 0}
+    return values
 
 
 class Writer:

@@ -105,6 +105,7 @@ class _Rows:
             tags=tokens(ints), act=tokens(ints), kept=tokens(ints, -1, shape.num_kept), temperature=tokens(floats, 1),
             logp=tokens(floats), entropy=tokens(floats), certainty=tokens(floats), bonus=tokens(floats),
             weight=tokens(floats), old_logp=tokens(floats), ref_logp=tokens(floats),
+            value=tokens(floats), target=tokens(floats),
             segments=Segments(
                 episode=segments(ints, -1), call=segments(ints), group=segments(ints, -1),
                 parent=segments(ints), version=segments(ints),

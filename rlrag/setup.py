@@ -2,6 +2,7 @@
 model they play with, each built from an experiment and its task."""
 
 import importlib
+from collections.abc import Sequence
 from dataclasses import replace
 
 import jax
@@ -10,7 +11,7 @@ from rlrag import config
 from rlrag.data.task import Task
 from rlrag.mesh import DATA
 from rlrag.model.architecture import Architecture
-from rlrag.recipes.recipe import Stage
+from rlrag.recipes.recipe import WARM_UP, Stage
 from rlrag.retrieval.client import InProcess
 from rlrag.rollout.advance import Spec
 from rlrag.rollout.decoder import Decoder
@@ -26,7 +27,15 @@ def build_stages(experiment: config.Experiment, task: Task) -> tuple[Stage, ...]
         raise ValueError(
             f"recipe is {experiment.recipe!r}, which cannot be loaded ({error}): name module:function"
         ) from None
-    return build(experiment, task)
+    stages = build(experiment, task)
+    if experiment.warm_start:  # its place is kept, so that the later stages draw what they draw without one
+        stages = tuple(stage._replace(steps=0) if stage.name == WARM_UP else stage for stage in stages)
+    return stages
+
+
+def acting_models(stages: Sequence[Stage]) -> tuple[str, ...]:
+    """Every model that speaks in some stage."""
+    return tuple(dict.fromkeys(role.model for stage in stages for role in stage.recipe.roles.values()))
 
 
 def check_sizes(task: Task, stages: tuple[Stage, ...], mesh: jax.sharding.Mesh) -> None:
@@ -51,8 +60,10 @@ def build_architecture(experiment: config.Experiment, task: Task) -> Architectur
     return replace(experiment.model, vocab_size=max(experiment.model.vocab_size, task.tokenizer.vocab_size))
 
 
-def build_engine(experiment: config.Experiment, task: Task, a: Architecture, mesh: jax.sharding.Mesh) -> Engine:
-    """The rollout engine of an experiment with its retriever."""
+def build_engine(
+    experiment: config.Experiment, task: Task, a: Architecture, mesh: jax.sharding.Mesh, models: Sequence[str]
+) -> Engine:
+    """The rollout engine of an experiment with its retriever, and a decoder for each model that speaks."""
     r = experiment.rollout
     page = r.page_size
     max_tokens = -(-task.workflow.max_tokens // page) * page
@@ -67,7 +78,8 @@ def build_engine(experiment: config.Experiment, task: Task, a: Architecture, mes
         prefill_chunks=r.prefill_chunks,
         num_kept=r.num_kept,
     )
-    decoder = Decoder(a, spec, task.tokenizer.token_bytes(), task.tokenizer.end_id, mesh, r.max_stop_states)
+    token_bytes, end_id = task.tokenizer.token_bytes(), task.tokenizer.end_id
+    decoders = {model: Decoder(a, spec, token_bytes, end_id, mesh, r.max_stop_states) for model in models}
     retriever = InProcess(
         task.index,
         cache_size=experiment.retriever.cache_size,
@@ -75,6 +87,6 @@ def build_engine(experiment: config.Experiment, task: Task, a: Architecture, mes
         latency_s=experiment.retriever.latency_s,
     )
     return Engine(
-        {"policy": decoder}, task.tokenizer.decode, retriever,
+        decoders, task.tokenizer.decode, retriever,
         max_episodes=r.max_episodes, search_threads=r.search_threads, search_batch=r.search_batch,
     )  # fmt: skip

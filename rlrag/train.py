@@ -2,9 +2,8 @@
 
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,24 +12,27 @@ import numpy as np
 
 from rlrag import config, workdir
 from rlrag.checkpoint import Checkpoints, digest
+from rlrag.collection import Collector
 from rlrag.console import LINE_EVERY_S, bar, headline, say
 from rlrag.data.sources import iterate
 from rlrag.data.task import Task, open_task
 from rlrag.evaluate import Shown, bounds, evaluate, summarize, write_rows
 from rlrag.learner import Learner
 from rlrag.mesh import make_mesh
-from rlrag.metrics import Writer, num_rows, rewind
+from rlrag.metrics import Writer, num_rows, rewind, round_for_json
 from rlrag.model.architecture import Architecture
 from rlrag.model.parameters import Transformer, initialize, num_parameters, shardings
-from rlrag.model.transformer import pack
-from rlrag.recipes.recipe import Stage
+from rlrag.model.transformer import DecodeWeights, pack
+from rlrag.recipes.recipe import POLICY, WARM_UP, Stage
 from rlrag.report import describe, draw_curve, versions
-from rlrag.rollout.engine import Engine, Play
-from rlrag.setup import build_architecture, build_engine, build_stages, check_sizes
-from rlrag.trajectory import Example, Group
+from rlrag.rollout.engine import Engine
+from rlrag.setup import acting_models, build_architecture, build_engine, build_stages, check_sizes
+from rlrag.signals import Stopping
+from rlrag.watch import Alarm, Watchman
 
-READ_AHEAD = 4  # batches of demonstrations made while the device works
-BEGIN = {"stage": 0, "step": 0, "ended": False, "rows": 0, "tokens": 0, "seconds": 0.0, "result": {}}
+BEGIN = {"stage": 0, "step": 0, "ended": False, "rows": 0, "alarms": 0, "tokens": 0, "seconds": 0.0}
+BEGIN |= {"result": {}, "best": None}
+Models = Mapping[str, Transformer]
 
 
 @dataclass
@@ -48,6 +50,8 @@ class Run:
     saved: int | None  # the checkpoint that this session goes on from
     meta: Mapping[str, Any]  # what it says; BEGIN where there is none
     writer: Writer
+    stopping: Stopping
+    best: Checkpoints  # the best by held-out score
     begun: float = field(default_factory=time.perf_counter)
     tokens: int = 0  # trained on so far
     result: dict[str, Any] = field(default_factory=dict)
@@ -56,6 +60,7 @@ class Run:
         self.tokens, self.result = self.meta["tokens"], dict(self.meta["result"])
         self.key = jax.random.key(self.experiment.seed)
         self.pack_weights = jax.jit(lambda params: pack(params, self.architecture))
+        self.best_score = self.meta["best"]
 
     @property
     def seconds(self) -> float:
@@ -65,9 +70,14 @@ class Run:
     def global_step(self, stage: int, step: int) -> int:
         return sum(s.steps for s in self.stages[:stage]) + step
 
+    def packed(self, models: Models) -> dict[str, DecodeWeights]:
+        """What the engine plays with."""
+        return {name: self.pack_weights(params) for name, params in models.items()}
+
     def close(self) -> None:
         self.writer.close()
         self.checkpoints.close()
+        self.best.close()
         self.engine.close()
 
 
@@ -81,112 +91,147 @@ def train(experiment: config.Experiment, directory: Path) -> dict[str, Any]:
         say("\n".join(describe(result)))
         return result
     mesh = make_mesh(experiment.mesh.data, experiment.mesh.model)
-    with jax.set_mesh(mesh):
-        run = set_up(experiment, directory, mesh)
+    with jax.set_mesh(mesh), Stopping() as stopping:
+        run = set_up(experiment, directory, mesh, stopping)
         try:
             return conclude(run, play_stages(run))
         finally:
             run.close()
 
 
-def set_up(experiment: config.Experiment, directory: Path, mesh: jax.sharding.Mesh) -> Run:
+def set_up(experiment: config.Experiment, directory: Path, mesh: jax.sharding.Mesh, stopping: Stopping) -> Run:
     task = open_task(experiment, directory)
     a, stages = build_architecture(experiment, task), build_stages(experiment, task)
     check_sizes(task, stages, mesh)
-    engine = build_engine(experiment, task, a, mesh)
+    engine = build_engine(experiment, task, a, mesh, acting_models(stages))
     workdir.write(directory / "config.json", config.to_dict(experiment))
     checkpoints = Checkpoints(directory / "checkpoints")
     saved = checkpoints.latest()
     meta = BEGIN if saved is None else checkpoints.meta(saved)
     rewind(directory / "metrics.jsonl", meta["rows"])
+    rewind(directory / "alarms.jsonl", meta["alarms"])
     if saved is None:
         (directory / "result.json").unlink(missing_ok=True)  # of a run that is gone
     say(f"{experiment.name}: {num_parameters(a):,} parameters, {device()}, JAX {jax.__version__}, {directory}")
     if saved is not None:
         say(f"going on from step {meta['step']} of stage {stages[meta['stage']].name}")
     writer = Writer(directory, purge_step=(saved or 0) + 1)
-    return Run(experiment, directory, mesh, task, a, stages, engine, checkpoints, saved, meta, writer)
+    best = Checkpoints(directory / "best", keep=1)
+    return Run(experiment, directory, mesh, task, a, stages, engine, checkpoints, saved, meta, writer, stopping, best)
 
 
-def play_stages(run: Run) -> Transformer:
-    """The parameters that the last stage ends with."""
-    a = run.architecture
-    begin = jax.jit(lambda key: initialize(a, key), out_shardings=shardings(a, run.mesh))
-    params = begin(jax.random.fold_in(run.key, 0))
+def play_stages(run: Run) -> Models:
+    """The models that the last stage ends with."""
+    models: Models = {POLICY: first_policy(run)}
     for number, stage in enumerate(run.stages):
         if number < run.meta["stage"]:
             continue
-        learner = Learner(stage, a, run.mesh, run.experiment.rollout.num_kept, params)
+        learner = Learner(stage, run.architecture, run.mesh, run.experiment.rollout.num_kept, models)
         play(run, learner, number)
-        params = learner.state.params
-        if stage.name == "warm_up":
-            run.result["warm_start"] = score(run, params, "warm_start")
-    return params
+        models = learner.models
+        if stage.name == WARM_UP and not run.experiment.warm_start:
+            run.result["warm_start"] = score(run, learner.acting, "warm_start")
+    return models
+
+
+def first_policy(run: Run) -> Transformer:
+    """Fresh parameters, or those of the run that `warm_start` names, with the score they had."""
+    a, where = run.architecture, shardings(run.architecture, run.mesh)
+    begin = jax.jit(lambda key: initialize(a, key), out_shardings=where)
+    params = begin(jax.random.fold_in(run.key, 0))
+    if not run.experiment.warm_start:
+        return params
+    source = Path(run.experiment.warm_start)
+    result = workdir.read(source / "result.json")
+    if result is None:
+        raise ValueError(f"warm_start is {source}, which holds no finished run: name the --workdir of one")
+    run.result.setdefault("warm_start", result["final"])
+    checkpoints = Checkpoints(source / "checkpoints")
+    try:
+        step = checkpoints.latest()
+        if step is None:
+            raise ValueError(f"warm_start is {source}, which holds no checkpoint: name the --workdir of another run")
+        return checkpoints.restore_params(step, params)
+    finally:
+        checkpoints.close()
 
 
 def play(run: Run, learner: Learner, number: int) -> None:
     """One stage to its end, from where the checkpoint left it if that is of this stage."""
     stage, step = learner.stage, 0
+    watchman = Watchman(run.experiment.watch)
     # Every stage draws its own order.
     seed = int(np.random.SeedSequence([run.experiment.seed, number]).generate_state(1)[0])
     batches = iterate(run.task.train, seed=seed, batch_size=stage.settings.questions)
-    cursor = batches.get_state()
-    if run.saved is not None and number == run.meta["stage"]:
-        learner.restore(run.checkpoints.restore(run.saved, learner.arrays()), run.meta["max_micro"])
-        step, cursor = run.meta["step"], run.meta["cursor"]
-        batches.set_state(cursor)
-        if run.meta["ended"]:
+    meta = run.meta if run.saved is not None and number == run.meta["stage"] else None
+    if meta is not None:
+        assert run.saved is not None
+        learner.restore(run.checkpoints.restore(run.saved, learner.arrays()), meta["learner"])
+        watchman.state = meta["watch"]
+        step = meta["step"]
+        if meta["ended"]:
             return
-    with bar(stage.name, stage.steps, step) as progress, ThreadPoolExecutor(1) as reader:
-        for cursor, groups in draw(run, learner, number, step, batches, reader):
+    root = jax.random.fold_in(run.key, number + 1)
+    cursor = batches.get_state()
+    with (
+        Collector(stage, run.engine, run.mesh, batches, root, step) as collector,
+        bar(stage.name, stage.steps, step) as progress,
+    ):
+        if meta is not None:
+            cursor = meta["cursor"]
+            collector.restore(cursor, meta["ahead"])
+        while step < stage.steps:
+            collected = collector.take(step, step, lambda: run.packed(learner.acting))
             begin = time.perf_counter()
-            values = learner.learn(groups, step)
+            values = learner.learn(collected, step).values
             values["update_s"] = time.perf_counter() - begin
-            if stage.demonstrate is None:
-                values |= {f"rollout/{name}": value for name, value in run.engine.usage.metrics().items()}
+            values |= {f"rollout/{name}": value for name, value in collected.usage.items()}
             run.tokens += int(values["trained_tokens"])
+            cursor = collected.cursor
             step += 1
             every = stage.settings.evaluate_every
             if every and step % every == 0:
-                values |= validate(run, learner)
+                collector.settle()
+                values |= validate(run, learner, number, step)
+            values["alarms"] = raise_alarms(run, watchman.look(step, values), stage.name)
             run.writer.write(stage.name, step, run.global_step(number, step), values)
             progress.show(**headline(values))
             if reached(stage.settings, values):
                 break
-            if step % run.experiment.checkpoint_every == 0 and step < stage.steps:
-                save(run, learner, number, step, cursor)
-    save(run, learner, number, step, cursor, ended=True)
+            due = step % run.experiment.checkpoint_every == 0
+            if (due or run.stopping.asked) and step < stage.steps:
+                save(run, learner, number, step, cursor, watchman, collector.meta())
+            leave_if_asked(run, step < stage.steps)
+        save(run, learner, number, step, cursor, watchman, {"ahead": None}, ended=True)
+    leave_if_asked(run, True)
 
 
-def draw(run: Run, learner: Learner, number: int, first: int, batches: Any, reader: ThreadPoolExecutor) -> Iterator[tuple[Any, list[Group]]]:  # fmt: skip # noqa: E501
-    """The groups of every step that is left, with the data cursor behind them. Demonstrations are made ahead by the
-    reader; the policy's own episodes are played with the weights of their step."""
-    stage, demonstrate = learner.stage, learner.stage.demonstrate
-
-    def demonstrations(examples: Sequence[Example], step: int) -> list[Group]:
-        assert demonstrate is not None
-        return [Group(example, [demonstrate(example, step)]) for example in examples]
-
-    ahead: list[tuple[Any, Any]] = []
-    for step in range(first, stage.steps):
-        if demonstrate is None:
-            examples = next(batches)
-            recipe = stage.recipe
-            play = Play(recipe.workflow, recipe.roles, "train", stage.settings.group_size, step, recipe.tools)
-            root = jax.random.fold_in(jax.random.fold_in(run.key, number + 1), step)
-            weights = {"policy": run.pack_weights(learner.state.params)}
-            yield batches.get_state(), list(run.engine.run(weights, examples, play, root))
-            continue
-        while len(ahead) < READ_AHEAD and step + len(ahead) < stage.steps:
-            examples = next(batches)
-            ahead.append((batches.get_state(), reader.submit(demonstrations, examples, step + len(ahead))))
-        cursor, future = ahead.pop(0)
-        yield cursor, future.result()
+def leave_if_asked(run: Run, saved: bool) -> None:
+    """End the process, without an error, where that was asked for and everything is saved."""
+    if run.stopping.asked and saved:
+        say(f"asked to end: saved in {run.directory}, the same command goes on from here")
+        raise SystemExit(0)
 
 
-def validate(run: Run, learner: Learner) -> dict[str, float]:
-    weights = {"policy": run.pack_weights(learner.state.params)}
-    summary = summarize(evaluate(run.engine, weights, run.task.validation, learner.stage.recipe))
+def raise_alarms(run: Run, alarms: Sequence[Alarm], stage: str) -> int:
+    """Say and write what tripped; how many."""
+    for alarm in alarms:
+        say(f"ALARM  {alarm.text}")
+        with (run.directory / "alarms.jsonl").open("a") as file:
+            file.write(json.dumps({"stage": stage, **asdict(alarm), "value": round_for_json(alarm.value)}) + "\n")
+    return len(alarms)
+
+
+def validate(run: Run, learner: Learner, stage: int, step: int) -> dict[str, float]:
+    """Scores on the validation questions; the parameters are kept in DIR/best where they are the best so far."""
+    rows = evaluate(run.engine, run.packed(learner.acting), run.task.validation, learner.stage.recipe)
+    summary = summarize(rows)
+    value, best = summary[run.experiment.best_metric], run.best_score
+    if best is None or value > best["value"]:
+        run.best_score = {"metric": run.experiment.best_metric, "value": value, "stage": stage, "step": step}
+        number = run.global_step(stage, step)
+        if run.best.latest() != number:  # a step that is played again after a crash finds what it saved
+            run.best.save(number, {"params": learner.models}, run.best_score)
     return {f"validation/{name}": value for name, value in summary.items() if isinstance(value, float)}
 
 
@@ -196,16 +241,23 @@ def reached(settings: config.Stage, values: Mapping[str, float]) -> bool:
     return value is not None and value >= settings.until_value
 
 
-def save(run: Run, learner: Learner, stage: int, step: int, cursor: Any, ended: bool = False) -> None:
+def save(
+    run: Run, learner: Learner, stage: int, step: int, cursor: Any, watchman: Watchman, ahead: Mapping[str, Any],
+    ended: bool = False,
+) -> None:  # fmt: skip
     meta = {
         "stage": stage,
         "step": step,
         "ended": ended,
         "cursor": cursor,
+        **ahead,
+        "learner": learner.meta(),
+        "watch": watchman.state,
         "rows": num_rows(run.writer.path),
+        "alarms": num_rows(run.directory / "alarms.jsonl"),
         "tokens": run.tokens,
         "seconds": run.seconds,
-        "max_micro": learner.max_micro,
+        "best": run.best_score,
         "result": run.result,
     }
     number = run.global_step(stage, step)
@@ -213,14 +265,13 @@ def save(run: Run, learner: Learner, stage: int, step: int, cursor: Any, ended: 
         run.checkpoints.save(number, learner.arrays(), meta)
 
 
-def score(run: Run, params: Transformer, name: str) -> dict[str, Any]:
+def score(run: Run, models: Models, name: str) -> dict[str, Any]:
     """Score parameters on the test questions; predictions go to a file. Oracle and random policy frame every score."""
     examples, recipe = run.task.test, run.stages[-1].recipe
     if "oracle" not in run.result:
         run.result |= {"oracle": None, "random": None} | bounds(run.task, examples)
     with bar(f"{name} test", len(examples), first_line_s=LINE_EVERY_S) as progress:
-        weights = {"policy": run.pack_weights(params)}
-        rows = evaluate(run.engine, weights, examples, recipe, progress=Shown(progress))
+        rows = evaluate(run.engine, run.packed(models), examples, recipe, progress=Shown(progress))
     write_rows(run.directory / f"predictions_{name}.jsonl", rows)
     summary = summarize(rows)
     say("\n".join(describe({name: summary, **{policy: run.result[policy] for policy in ("oracle", "random")}})))
@@ -231,14 +282,16 @@ def device() -> str:
     return f"{jax.device_count()} x {jax.devices()[0].device_kind}"
 
 
-def conclude(run: Run, params: Transformer) -> dict[str, Any]:
+def conclude(run: Run, models: Models) -> dict[str, Any]:
     """Test, draw, and write result.json, last: it says that the run is finished."""
+    acting = {role.model: models[role.model] for role in run.stages[-1].recipe.roles.values()}
     result = {
         **run.result,
-        "final": score(run, params, "final"),
+        "final": score(run, acting, "final"),
+        "best": run.best_score,
         "seconds": run.seconds,
         "tokens": run.tokens,
-        "weights_sha256": digest(params),
+        "weights_sha256": digest(models),
         "device": device(),
         "versions": versions(),
         "config": config.to_dict(run.experiment),

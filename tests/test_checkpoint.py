@@ -7,7 +7,8 @@ import pytest
 
 from rlrag.checkpoint import Checkpoints, digest, load_config
 
-STATE = {"state": {"params": {"w": jnp.arange(6.0).reshape(2, 3), "b": jnp.float32(7)}, "step": jnp.int32(3)}}
+POLICY = {"w": jnp.arange(6.0).reshape(2, 3), "b": jnp.float32(7)}
+STATE = {"params": {"policy": POLICY, "critic": {"w": jnp.ones(2)}}, "optimizer": {"policy": {"step": jnp.int32(3)}}}
 META = {"stage": 1, "step": 3, "cursor": {"next_index": 12}, "result": {"em": 0.1}, "ended": True}
 
 
@@ -38,8 +39,9 @@ def test_what_was_saved_comes_back_exactly(checkpoints):
     assert jax.tree.map(lambda x: (x.dtype, x.sharding), restored) == jax.tree.map(
         lambda x: (x.dtype, x.sharding), STATE
     )
-    params = again.restore_params(10, like["state"]["params"])
-    assert digest(params) == digest(STATE["state"]["params"])
+    for model in ("policy", "critic"):
+        params = again.restore_params(10, like["params"][model], model)
+        assert digest(params) == digest(STATE["params"][model])
     again.close()
 
 

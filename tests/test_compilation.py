@@ -89,11 +89,11 @@ def roll_out(mesh: jax.sharding.Mesh) -> tuple[dict, str]:
 
 def learn(mesh: jax.sharding.Mesh) -> tuple[dict[str, dict], list[np.ndarray]]:
     """Three optimizer steps on three, two and one micro-batches; parameters, and losses and norms of each step."""
-    objective = surrogate(kl=0.2)
+    objective = surrogate(kl="k3")
     # Adam divides by what may be rounding alone: at this rate that stays below the tolerance.
     update = learner.build_update(objective, mesh, rate=1e-4)
     update.accumulate, update.apply = accumulate, apply = Watched(update.accumulate), Watched(update.apply)
-    prepare = Watched(build_prepare({"m": learner.ARCHITECTURE}, {"m": objective}, group_relative(), 7, 28))
+    prepare = Watched(build_prepare({"m": learner.ARCHITECTURE}, {"m": objective}, {"m": "m"}, group_relative(), 7, 28))
     state = update.initialize(learner.parameters())
     reference = update.initialize(learner.parameters(1)).params
     numbers = []
@@ -101,10 +101,10 @@ def learn(mesh: jax.sharding.Mesh) -> tuple[dict[str, dict], list[np.ndarray]]:
         packed = pack_groups(groups, pay(groups), rows=ROWS, tokens=TOKENS, max_micro=3, max_segments=4)
         num_micro = {"m": np.int32(packed.num_micro)}
         batch = {"m": update.put(packed.batch)}
-        prepared = prepare({"m": state.params}, {"m": reference}, batch, num_micro)
+        prepared = prepare({"m": state.params}, {"m": reference}, batch, num_micro, learner.COEFFICIENTS)
         state, sums, applied = update.step(
-            state, prepared.batches["m"], prepared.counts["m"], range(packed.num_micro)
-        )  # fmt: skip
+            state, prepared.batches["m"], prepared.counts["m"], learner.COEFFICIENTS, range(packed.num_micro)
+        )
         numbers.append(
             [packed.num_micro, *(float(sums[f"loss/{n}"].value()) for n in ("surrogate", "kl")), applied.grad_norm]
         )
@@ -167,10 +167,11 @@ GATHERED = {
 # Partial results of the model axis: hidden states, and per token the log-sum-exp and the wanted logits. Never logits of
 # the vocabulary, which would be [192, 64].
 PARTIAL = {"8x1": "", "4x2": "all-reduce f32[192,16] f32[192] f32[192,4] all-gather f32[192,16]"}
-# Gradients, summed over data; the sums of metrics.
+# Gradients, summed over data; the sums of metrics, of which some are by role (1) and by turn (8).
 GRADIENTS = {
-    "8x1": "all-reduce f32[16,16] f32[8,16] f32[16,24] f32[24,16] f32[64,16] f32[16] f32[4] f32[]",
-    "4x2": "all-reduce f32[16,8] f32[8,16] f32[4,16] f32[16,12] f32[12,16] f32[64,8] f32[32,16] f32[16] f32[4] f32[]",
+    "8x1": "all-reduce f32[16,16] f32[8,16] f32[16,24] f32[24,16] f32[64,16] f32[16] f32[4] f32[] f32[1] f32[8]",
+    "4x2": "all-reduce f32[16,8] f32[8,16] f32[4,16] f32[16,12] f32[12,16] f32[64,8] f32[32,16] f32[16] f32[4] f32[] "
+    "f32[1] f32[8]",
 }
 # The table of segments, from which credit is summed; counts of each micro-batch; whether any token is forced.
 CREDIT = "all-gather s32[3,8,4] f32[3,8,4] all-reduce f32[3] pred[]"

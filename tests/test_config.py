@@ -119,7 +119,7 @@ def wrong(path, value):
         ("main.update.learning_rate", 0.0, "main.update.learning_rate is 0.0: give more than 0"),
         ("main.update.learning_rate", math.nan, "main.update.learning_rate is nan: give a finite number"),
         ("warm_up.update.schedule", "cosin", "warm_up.update.schedule is 'cosin': choose 'constant' or 'cosine' or"),
-        ("main.update.old_logp", "x", "main.update.old_logp is 'x': choose 'sampler' or 'recompute'"),
+        ("main.loss.old_logp", "x", "main.loss.old_logp is 'x': choose 'sampler' or 'recompute'"),
         ("main.update.max_segments", 1, "main.update.max_segments is 1: give 2 or more"),
         ("main.questions", 0, "main.questions is 0: give at least 1"),
         ("main.steps", 5, "main.steps is 5: leave it 0, the main stage has --config.steps=200"),

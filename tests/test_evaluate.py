@@ -133,7 +133,7 @@ def test_a_checkpoint_plays_the_same_episodes_again(run, monkeypatch):
     monkeypatch.setattr(Checkpoints, "restore_params", lambda *args: restored.append(restore(*args)) or restored[0])
     rows = evaluate_checkpoint(directory, tiny().data.test)
     assert rows == read_json(directory / "predictions_final.jsonl")
-    assert digest(restored[0]) == result["weights_sha256"]
+    assert digest({"policy": restored[0]}) == result["weights_sha256"]
 
 
 def test_a_checkpoint_plays_other_questions_of_its_world(run):

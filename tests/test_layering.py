@@ -66,6 +66,10 @@ RULES = {
     "rlrag.evaluate": Rule("kernels rlrag", "jax numpy scipy flax optax grain rich"),
     "rlrag.setup": Rule("kernels rlrag", "jax numpy"),
     "rlrag.workdir": Rule("rlrag.config", ""),  # read before JAX is loaded
+    "rlrag.records": Rule("", "numpy"),
+    "rlrag.watch": Rule("rlrag.config", ""),
+    "rlrag.signals": Rule("", ""),
+    "rlrag.collection": Rule("kernels rlrag", "jax numpy"),
     "rlrag.learner": Rule("kernels rlrag", "jax numpy"),
     "rlrag.train": Rule("kernels rlrag", "jax numpy flax optax grain rich matplotlib"),
     "configs": Rule("configs rlrag.recipes rlrag.config rlrag.model.architecture rlrag.data", "ml_collections"),

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 
+from rlrag.collection import Collected
 from rlrag.learner import describe, minibatches
 from rlrag.packing import Shape, pack
 from rlrag.rewards.paid import Paid
@@ -35,7 +36,8 @@ def test_what_a_batch_was_like():
     amounts = [[1.0, 0.0], [0.5]]
     paid = [[Paid({"answer": [amount]}, metrics={"em": amount}) for amount in group] for group in amounts]
     packed = pack(groups, paid, {"agent": 0}, ("answer",), Shape(4, 16, 4, 1, 0, 1))
-    values = describe(groups, paid, packed)
+    values = describe(Collected(3, 2, groups, paid, [True, True], None, {}), packed)
+    assert values["staleness"] == 1.0
     assert values["reward"] == values["em"] == pytest.approx(0.5)
     assert values["trained_tokens"] == 4, "an episode whose search failed is not learned from"
     assert values["left_out"] == 1

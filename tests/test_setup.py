@@ -53,7 +53,7 @@ def on_two_devices():
         print(error)
     experiment.rollout.num_slots = 7
     try:
-        build_engine(experiment, task, build_architecture(experiment, task), mesh)
+        build_engine(experiment, task, build_architecture(experiment, task), mesh, ["policy"])
     except ValueError as error:
         print(error)
 
@@ -69,4 +69,4 @@ def test_too_few_pages_are_told(task):
     experiment = tiny()
     experiment.rollout.num_pages = 3
     with pytest.raises(ValueError, match=r"rollout.num_pages is 3 .* raise num_pages"):
-        build_engine(experiment, task, build_architecture(experiment, task), make_mesh())
+        build_engine(experiment, task, build_architecture(experiment, task), make_mesh(), ["policy"])

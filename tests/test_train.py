@@ -48,11 +48,11 @@ def interrupted(monkeypatch, experiment, directory, *, learn: int | None = None,
         if learn is not None:
             real, calls = Learner.learn, []
 
-            def stop(self, groups, step):
+            def stop(self, collected, step):
                 calls.append(step)
                 if len(calls) == learn:
                     raise Stopped
-                return real(self, groups, step)
+                return real(self, collected, step)
 
             patch.setattr(Learner, "learn", stop)
         real_score = loop.score
@@ -71,11 +71,11 @@ def test_what_a_run_leaves(finished):
     directory, result = finished
     assert {path.name for path in directory.iterdir()} == {
         "config.json", "metrics.jsonl", "tensorboard", "checkpoints", "curve.png", "result.json",
-        "predictions_warm_start.jsonl", "predictions_final.jsonl",
+        "predictions_warm_start.jsonl", "predictions_final.jsonl", "best", "alarms.jsonl",
     }  # fmt: skip
     assert json.loads((directory / "result.json").read_text()) == result
     assert set(result) == {
-        "warm_start", "final", "oracle", "random", "seconds", "tokens", "weights_sha256", "device", "versions",
+        "warm_start", "final", "best", "oracle", "random", "seconds", "tokens", "weights_sha256", "device", "versions",
         "config",
     }  # fmt: skip
     assert set(result["warm_start"]) == set(result["final"]) >= {"em", "em_interval", "f1", "f1_interval", "searches"}

@@ -42,11 +42,7 @@ def group_zscore(
     count = _group_sum(valid.astype(jnp.float32), group, num_groups)
     mean = _group_sum(rewards, group, num_groups) / jnp.maximum(count, 1)
     centred = jnp.where(valid, rewards - mean[group], 0)
-    # Equality is read from the rewards: their float32 mean may differ from them by a rounding, which the division by
-    # epsilon would blow up.
-    high = jax.ops.segment_max(jnp.where(valid, rewards, -jnp.inf), group, num_groups)
-    low = jax.ops.segment_min(jnp.where(valid, rewards, jnp.inf), group, num_groups)
-    informative = valid & (high > low)[group]
+    informative = valid & _differs(rewards, group, valid, num_groups)
     if not divide:
         return jnp.where(informative, centred, 0)
     variance = _group_sum(centred**2, group, num_groups) / jnp.maximum(count - ddof, 1)
@@ -63,7 +59,8 @@ def group_leave_one_out(rewards: Array, group: Array, valid: Array, num_groups: 
     others = (_group_sum(valid.astype(jnp.float32), group, num_groups)[group] - 1).astype(jnp.float32)
     total = _group_sum(rewards, group, num_groups)[group]
     baseline = (total - rewards) / jnp.maximum(others, 1)
-    return jnp.where(valid & (others > 0), rewards - baseline, 0)
+    differs = _differs(rewards, group, valid, num_groups)
+    return jnp.where(valid & (others > 0) & differs, rewards - baseline, 0)
 
 
 def _checked(rewards: Array, group: Array, valid: Array, num_groups: int) -> tuple[Array, Array]:
@@ -73,6 +70,17 @@ def _checked(rewards: Array, group: Array, valid: Array, num_groups: int) -> tup
         raise ValueError(f"rewards, group and valid must all be [N], got {shapes}")
     valid = valid.astype(bool) & (group >= 0) & (group < num_groups)
     return jnp.where(valid, rewards, 0).astype(jnp.float32), valid
+
+
+def _differs(rewards: Array, group: Array, valid: Array, num_groups: int) -> Array:
+    """Whether the group of each has rewards that are not all equal; [N] bool.
+
+    Equality is read from the rewards: their float32 mean may differ from them by a rounding, which is no advantage, and
+    which a division by epsilon would blow up.
+    """
+    high = jax.ops.segment_max(jnp.where(valid, rewards, -jnp.inf), group, num_groups)
+    low = jax.ops.segment_min(jnp.where(valid, rewards, jnp.inf), group, num_groups)
+    return (high > low)[group]
 
 
 def _group_sum(values: Array, group: Array, num_groups: int) -> Array:

@@ -24,6 +24,7 @@ class Architecture:
     tied: bool = True  # the head is the embedding table
     qk_norm: bool = False  # RMSNorm of queries and keys per head (Qwen3)
     qkv_bias: bool = False  # biases of q, k, v (Qwen2)
+    value_head: bool = False  # a number beside the vocabulary: what a critic says
     embed_scale: float = 1.0  # multiplies token embeddings at the input (Gemma: sqrt(embed_dim))
     dtype: str = "float32"  # of activations and decode weights
     param_dtype: str = "float32"

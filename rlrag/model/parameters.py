@@ -17,11 +17,12 @@ from rlrag.model.architecture import Architecture
 
 
 class Leaf(NamedTuple):
-    """One parameter: shape, logical axes, and the standard deviation of its normal initial values (0: ones)."""
+    """One parameter: shape, logical axes, and the standard deviation of its normal initial values about `mean`."""
 
     shape: tuple[int, ...]
     axes: Axes
     stddev: float
+    mean: float = 0.0
 
 
 @flax.struct.dataclass
@@ -50,6 +51,7 @@ class Transformer:
     layers: Layers
     final_norm: jax.Array  # [D]
     head: jax.Array | None  # [V, D]; None: tied to embed
+    value_head: jax.Array | None  # [D]
 
     @property
     def output_head(self) -> jax.Array:  # [V, D]
@@ -66,18 +68,21 @@ def describe(architecture: Architecture) -> Transformer:
     def leaf(shape: tuple[int, ...], axes: Axes, stddev: float, there: bool = True) -> Any:
         return Leaf(shape, axes, stddev) if there else None
 
+    def scale(shape: tuple[int, ...], there: bool = True) -> Any:
+        return Leaf(shape, (None,) * len(shape), 0.0, mean=1.0) if there else None
+
     layers = Layers(
-        attention_norm=leaf((L, D), (None, None), 0),
+        attention_norm=scale((L, D)),
         query=leaf((L, D, query_dim), (None, "embed", "heads"), D**-0.5),
         key=leaf((L, D, kv_dim), (None, "embed", "kv_heads"), D**-0.5),
         value=leaf((L, D, kv_dim), (None, "embed", "kv_heads"), D**-0.5),
         query_bias=leaf((L, query_dim), (None, "heads"), 0.02, a.qkv_bias),
         key_bias=leaf((L, kv_dim), (None, "kv_heads"), 0.02, a.qkv_bias),
         value_bias=leaf((L, kv_dim), (None, "kv_heads"), 0.02, a.qkv_bias),
-        query_norm=leaf((L, a.head_dim), (None, None), 0, a.qk_norm),
-        key_norm=leaf((L, a.head_dim), (None, None), 0, a.qk_norm),
+        query_norm=scale((L, a.head_dim), a.qk_norm),
+        key_norm=scale((L, a.head_dim), a.qk_norm),
         output=leaf((L, query_dim, D), (None, "heads", "embed"), query_dim**-0.5),
-        mlp_norm=leaf((L, D), (None, None), 0),
+        mlp_norm=scale((L, D)),
         gate=leaf((L, D, F), (None, "embed", "mlp"), D**-0.5),
         up=leaf((L, D, F), (None, "embed", "mlp"), D**-0.5),
         down=leaf((L, F, D), (None, "mlp", "embed"), F**-0.5),
@@ -85,8 +90,9 @@ def describe(architecture: Architecture) -> Transformer:
     return Transformer(
         embed=leaf((V, D), ("vocab", "embed"), 0.02),
         layers=layers,
-        final_norm=leaf((D,), (None,), 0),
+        final_norm=scale((D,)),
         head=leaf((V, D), ("vocab", "embed"), D**-0.5, not a.tied),
+        value_head=leaf((D,), (None,), 0, a.value_head),
     )
 
 
@@ -110,10 +116,18 @@ def initialize(architecture: Architecture, key: jax.Array) -> Transformer:
 
     def draw(index: int, leaf: Leaf) -> jax.Array:
         if leaf.stddev == 0:
-            return jnp.ones(leaf.shape, dtype)
+            return jnp.full(leaf.shape, leaf.mean, dtype)
         return (leaf.stddev * jax.random.normal(jax.random.fold_in(key, index), leaf.shape)).astype(dtype)
 
     return jax.tree.unflatten(tree, [draw(index, leaf) for index, leaf in enumerate(leaves)])
+
+
+def reshaped(params: Transformer, architecture: Architecture) -> Transformer:
+    """The same model for an architecture that differs in the value head alone: without it, or with one of zeros."""
+    head = params.value_head if architecture.value_head else None
+    if architecture.value_head and head is None:
+        head = jnp.zeros((architecture.embed_dim,), jnp.dtype(architecture.param_dtype))
+    return params.replace(value_head=head)  # type: ignore[attr-defined]
 
 
 def num_parameters(architecture: Architecture) -> int:

@@ -12,17 +12,24 @@ from rlrag.objectives.losses import Scores
 
 
 def score(params: Transformer, a: Architecture, batch: Batch) -> Scores:
-    """Log-prob, entropy and certainty of every token given what precedes it; leaves of batch are [R, ...]."""
+    """Log-prob, entropy, certainty and value of every token given what precedes it; leaves of batch are [R, ...].
+
+    What an objective does not look at is not computed: the compiler drops it.
+    """
     hidden = trunk(params, a, batch.tokens, batch.positions, batch.segment, batch.segments.parent)
     # The column before predicts; a segment's first token is observed, so no trained token looks across a boundary.
     before = jnp.pad(hidden[:, :-1], ((0, 0), (1, 0), (0, 0)))
     ids = jnp.concatenate([batch.tokens[..., None], batch.kept], -1)
     stats = token_stats(before, params.output_head.astype(before.dtype), ids, temperature=batch.temperature)
     logp = filtered_log_prob(stats.logits[..., 0], stats.lse, stats.logits[..., 1:])
-    return Scores(logp, stats.entropy, stats.certainty)
+    if params.value_head is None:
+        value = jnp.zeros_like(logp)
+    else:
+        value = before.astype(jnp.float32) @ params.value_head.astype(jnp.float32)
+    return Scores(logp, stats.entropy, stats.certainty, value)
 
 
 def no_scores(batch: Batch) -> Scores:
     """Stand-ins where only an objective's counts are wanted."""
     zeros = jnp.zeros(batch.tokens.shape, jnp.float32)
-    return Scores(zeros, zeros, zeros)
+    return Scores(zeros, zeros, zeros, zeros)

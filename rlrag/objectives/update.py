@@ -1,10 +1,11 @@
 """The update: three jitted pure functions, prepare, accumulate and apply, compiled once each.
 
-prepare scores what the objective needs and writes credit; accumulate adds one micro-batch's gradient, already divided
-by the whole minibatch's counts; apply steps the optimizer. Nothing depends on how many micro-batches there are.
+prepare scores what the objectives need and writes credit, over all models at once; accumulate adds one micro-batch's
+gradient, already divided by the whole minibatch's counts; apply steps the optimizer; these two each model has its own
+of. Nothing depends on how many micro-batches there are.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -123,14 +124,22 @@ class Update:
         return jax.device_put(batch, self._rows)
 
     def step(
-        self, state: TrainState, batch: Batch, counts: dict[str, jax.Array], micros: Sequence[int]
+        self,
+        state: TrainState,
+        batch: Batch,
+        counts: dict[str, jax.Array],
+        coefficients: Mapping[str, np.float32],
+        micros: Sequence[int],
     ) -> tuple[TrainState, Metrics, Applied]:
-        """One optimizer step on the micro-batches `micros` of a prepared batch."""
+        """One optimizer step on the micro-batches `micros` of a prepared batch. coefficients: of loss terms, 1 where
+        absent; other names are ignored."""
         chosen = np.zeros(batch.tokens.shape[0], np.float32)
         chosen[list(micros)] = 1
         grads, sums = self._zeros(state.params), self._no_metrics(batch)
         for index in micros:
-            grads, sums = self.accumulate(state.params, grads, sums, batch, counts, chosen, np.int32(index))
+            grads, sums = self.accumulate(
+                state.params, grads, sums, batch, counts, dict(coefficients), chosen, np.int32(index)
+            )
         state, applied = self.apply(state, grads)
         return state, sums, applied
 
@@ -152,14 +161,17 @@ def reported(objective: Objective, scores, micro: Batch) -> tuple[dict, Metrics]
     return terms.losses, {**terms.metrics, **{f"loss/{name}": value for name, value in terms.losses.items()}}
 
 
-def accumulate(a, objective, params, grads, sums, batch, counts, chosen, index):
+def accumulate(a, objective, params, grads, sums, batch, counts, coefficients, chosen, index):
     """grads + gradient of micro-batch `index`; sums + its metrics. Each loss term is divided by its count over the
-    chosen micro-batches, so the split into micro-batches changes nothing."""
+    chosen micro-batches, so the split into micro-batches changes nothing, and multiplied by its coefficient."""
     micro = select(batch, index)
 
     def loss(params):
         losses, metrics = reported(objective, score(params, a, micro), micro)
-        total = sum(term.total / jnp.maximum(jnp.sum(counts[name] * chosen), 1.0) for name, term in losses.items())
+        total = sum(
+            coefficients.get(name, 1.0) * term.total / jnp.maximum(jnp.sum(counts[name] * chosen), 1.0)
+            for name, term in losses.items()
+        )
         return total, metrics
 
     new, metrics = jax.grad(loss, has_aux=True)(params)
@@ -179,43 +191,59 @@ def apply(optimizer, schedule, state: TrainState, grads) -> tuple[TrainState, Ap
     return TrainState(params, opt_state, state.step + 1), Applied(norm, skipped, learning_rate)
 
 
-def build_prepare(architectures: dict[str, Architecture], objectives: dict[str, Objective], credit: Credit, num_groups: int, num_episodes: int) -> Callable:  # fmt: skip # noqa: E501
-    """The jitted prepare(params, references, batches, num_micro) -> Prepared over all models of a recipe.
+def build_prepare(
+    architectures: Mapping[str, Architecture],
+    objectives: Mapping[str, Objective],
+    reads: Mapping[str, str],
+    credit: Credit,
+    num_groups: int,
+    num_episodes: int,
+) -> Callable:
+    """The jitted prepare(params, references, batches, num_micro, coefficients) -> Prepared over all models of a recipe.
 
-    params and references: by model, None where neither is needed; num_micro [1] int by model: micro-batches in use.
+    params and references: by model, None where neither is needed; batches: by model that acts; reads: learning model ->
+    whose batch; num_micro: [] int by batch, micro-batches in use; coefficients: the recipe's.
     """
 
-    def write_logp(name: str, field: str, params, batch: Batch, num_micro: jax.Array) -> Batch:
-        def one(index: jax.Array, values: jax.Array) -> jax.Array:
-            logp = score(params, architectures[name], select(batch, index)).logp
-            return jax.lax.dynamic_update_index_in_dim(values, logp, index, 0)
+    def write(batch: Batch, fields: Mapping[str, str], name: str, params, num_micro: jax.Array) -> Batch:
+        """The batch with fields (of the batch -> of Scores) as the model says them."""
 
-        values = jax.lax.fori_loop(0, num_micro, one, getattr(batch, field))
-        return replace(batch, **{field: values})
+        def one(index: jax.Array, values: list[jax.Array]) -> list[jax.Array]:
+            scores = score(params, architectures[name], select(batch, index))
+            new = [getattr(scores, source) for source in fields.values()]
+            return [jax.lax.dynamic_update_index_in_dim(old, x, index, 0) for old, x in zip(values, new, strict=True)]
 
-    def prepare(params, references, batches: dict[str, Batch], num_micro: dict[str, jax.Array]) -> Prepared:
-        scored = {}
-        for name, batch in batches.items():
-            objective = objectives[name]
-            if objective.recompute_old:
-                batch = write_logp(name, "old_logp", params[name], batch, num_micro[name])
-            elif objective.needs_old:
-                # The sampler said nothing of forced tokens: where there are any, the learner scores the batch.
-                forced = batch.trained > batch.sampled
-                scored_micro = jnp.where(jnp.any(forced), num_micro[name], 0)
-                learner = write_logp(name, "old_logp", params[name], batch, scored_micro).old_logp
-                batch = replace(batch, old_logp=jnp.where(forced, learner, batch.logp))
-            if objective.needs_reference:
-                batch = write_logp(name, "ref_logp", references[name], batch, num_micro[name])
-            scored[name] = batch
-        weights, metrics = credit(Scored(scored, num_groups, num_episodes))
-        prepared = {name: replace(scored[name], weight=jax.lax.stop_gradient(weights[name])) for name in weights}
+        values = jax.lax.fori_loop(0, num_micro, one, [getattr(batch, field) for field in fields])
+        return replace(batch, **dict(zip(fields, values, strict=True)))
+
+    def scored_by(name: str, batch: Batch, params, references, num_micro: jax.Array) -> Batch:
+        """The batch with what the model's objective needs."""
+        objective = objectives[name]
+        fields = {"old_logp": "logp"} if objective.recompute_old else {}
+        fields |= {"value": "value"} if "value" in objective.needs else {}
+        if fields:
+            batch = write(batch, fields, name, params[name], num_micro)
+        if "old_logp" in objective.needs and not objective.recompute_old:
+            # The sampler said nothing of forced tokens: where there are any, the learner scores the batch.
+            forced = batch.trained > batch.sampled
+            micros = jnp.where(jnp.any(forced), num_micro, 0)
+            learner = write(batch, {"old_logp": "logp"}, name, params[name], micros).old_logp
+            batch = replace(batch, old_logp=jnp.where(forced, learner, batch.logp))
+        if "ref_logp" in objective.needs:
+            batch = write(batch, {"ref_logp": "logp"}, name, references[name], num_micro)
+        return batch
+
+    def prepare(params, references, batches: dict[str, Batch], num_micro, coefficients) -> Prepared:
+        scored = dict(batches)
+        for name, source in reads.items():
+            scored[source] = scored_by(name, scored[source], params, references, num_micro[source])
+        prepared, metrics = credit(Scored(scored, coefficients, num_groups, num_episodes))
 
         def count(objective: Objective, micro: Batch) -> dict[str, jax.Array]:
             # Counts come from the batch alone, so the forward pass behind the stand-ins is never run.
             return {name: term.count for name, term in objective.terms(no_scores(micro), micro).losses.items()}
 
-        counts = {name: jax.vmap(partial(count, objectives[name]))(batch) for name, batch in prepared.items()}
+        counts = {name: jax.vmap(partial(count, objectives[name]))(prepared[source]) for name, source in reads.items()}
         return Prepared(prepared, counts, metrics)
 
     return jax.jit(prepare, donate_argnums=2)

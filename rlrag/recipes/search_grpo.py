@@ -1,4 +1,5 @@
-"""A search agent learned by GRPO: one stream, outcome reward, group z-score, clipped surrogate.
+"""A search agent learned by reinforcement: one stream, outcome reward, and the algorithm of the configuration, which by
+default is GRPO's group z-score with a clipped surrogate.
 
 Search-R1 (Jin et al. 2025, arXiv 2503.09516) with the group-relative advantage of Shao et al. 2024. The warm-up is
 supervised learning on the task's demonstrations.
@@ -9,22 +10,20 @@ from rlrag.agents.workflow import Role, Sampling
 from rlrag.config import Experiment
 from rlrag.data.task import Task
 from rlrag.objectives import credit, losses
-from rlrag.recipes.recipe import Recipe, Stage
+from rlrag.recipes.algorithm import rewards_differ, with_algorithm
+from rlrag.recipes.recipe import POLICY, WARM_UP, Learn, Recipe, Stage
 from rlrag.rewards.answer import answer_reward
 from rlrag.rewards.format import format_reward, search_r1_reward
+from rlrag.rewards.length import overlong_reward
 from rlrag.rewards.paid import Reward, combined
-
-POLICY = "policy"
 
 
 def build(experiment: Experiment, task: Task) -> tuple[Stage, ...]:
-    """Warm-up, then GRPO."""
-    update = experiment.main.update
-    rl = recipe(experiment, task)._replace(
-        credit=credit.group_relative(),
-        learn={POLICY: losses.surrogate(update.clip_low, update.clip_high, update.kl, update.old_logp == "recompute")},
-    )
-    return (warm_up(experiment, task), Stage("main", rl, experiment.main, experiment.steps))
+    """Warm-up, then the main stage's algorithm."""
+    settings = experiment.main
+    learning = with_algorithm(recipe(experiment, task), settings, task.workflow.max_tokens)
+    accept = rewards_differ if settings.dynamic_sampling else None
+    return (warm_up(experiment, task), Stage("main", learning, settings, experiment.steps, accept=accept))
 
 
 def build_supervised(experiment: Experiment, task: Task) -> tuple[Stage, ...]:
@@ -34,7 +33,7 @@ def build_supervised(experiment: Experiment, task: Task) -> tuple[Stage, ...]:
 
 
 def warm_up(experiment: Experiment, task: Task) -> Stage:
-    return Stage("warm_up", recipe(experiment, task), experiment.warm_up, experiment.warm_up.steps, task.demonstrate)
+    return Stage(WARM_UP, recipe(experiment, task), experiment.warm_up, experiment.warm_up.steps, task.demonstrate)
 
 
 def recipe(experiment: Experiment, task: Task) -> Recipe:
@@ -45,26 +44,35 @@ def recipe(experiment: Experiment, task: Task) -> Recipe:
         Sampling(train.temperature, train.top_k, train.top_p),
         Sampling(evaluate.temperature, evaluate.top_k, evaluate.top_p),
     )
-    reward, names = outcome_reward(experiment.reward)
+    reward, names = outcome_reward(experiment.reward, task.workflow.max_tokens)
     return Recipe(
         workflow=task.workflow,
         roles={"agent": role},
         reward=reward,
         rewards=names,
         credit=credit.ones(),
-        learn={POLICY: losses.nll()},
+        learn={POLICY: Learn(losses.nll())},
     )
 
 
-def outcome_reward(settings: config.Reward) -> tuple[Reward, tuple[str, ...]]:
-    """What an episode is paid, and the names of its parts."""
+def outcome_reward(settings: config.Reward, max_tokens: int) -> tuple[Reward, tuple[str, ...]]:
+    """What an episode is paid, and the names of its parts. max_tokens: the longest an episode can be."""
+    parts, names = answer_part(settings)
+    if settings.overlong:
+        parts.append((overlong_reward(max_tokens, settings.overlong_tokens), settings.overlong))
+        names.append("overlong")
+    return combined(*parts), tuple(names)
+
+
+def answer_part(settings: config.Reward) -> tuple[list[tuple[Reward, float]], list[str]]:
+    """Rewards with their factors, and their names, for the answer and the format."""
     if settings.metric == "search_r1":
         if settings.format:
             raise ValueError(
                 f"reward.format is {settings.format}: reward.metric=search_r1 has its own format rule, give 0"
             )
-        return combined((search_r1_reward(), 1.0), (answer_reward(), 0.0)), ("score",)  # EM and F1 for the record
+        return [(search_r1_reward(), 1.0), (answer_reward(), 0.0)], ["score"]  # EM and F1 for the record
     answer = answer_reward(settings.metric)  # type: ignore[arg-type]  # checked there
-    if not settings.format:
-        return answer, ("answer",)
-    return combined((answer, 1.0), (format_reward(), settings.format)), ("answer", "format")
+    # A format that earns nothing is still counted: how often the protocol is kept.
+    parts = [(answer, 1.0), (format_reward(), settings.format)]
+    return parts, ["answer", "format"] if settings.format else ["answer"]

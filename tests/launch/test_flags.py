@@ -83,7 +83,8 @@ def told(monkeypatch, capsys):
         (
             [DEMO, "--config.learning_rate=1"],
             "--config.learning_rate: Experiment has no field 'learning_rate'; did you mean "
-            "'warm_up.update.learning_rate' or 'main.update.learning_rate'?",
+            "'warm_up.update.learning_rate' or 'warm_up.critic.learning_rate' or 'main.update.learning_rate' or "
+            "'main.critic.learning_rate'?",
         ),
         (
             [DEMO, "--config.mesh.zzz=1"],
@@ -99,7 +100,7 @@ def told(monkeypatch, capsys):
         ([DEMO, "--config.seed="], "--config.seed=: the field wants a whole number, like 0"),
         ([DEMO, "--config.seed", "--workdir=x"], "--config.seed=--workdir=x: the field wants a whole number, like 0"),
         ([DEMO, "--config.model.tied=maybe"], "--config.model.tied=maybe: the field wants true or false, like True"),
-        ([DEMO, "--config.main.update.kl=x"], "--config.main.update.kl=x: the field wants a number, like 0.0"),
+        ([DEMO, "--config.main.loss.kl=x"], "--config.main.loss.kl=x: the field wants a number, like 0.0"),
     ],
 )
 def test_a_wrong_command_line_is_one_line(told, arguments, line):

@@ -7,10 +7,11 @@ import jax
 import numpy as np
 
 from rlrag.mesh import make_mesh
+from rlrag.metrics import numbers
 from rlrag.model.architecture import Architecture
 from rlrag.model.parameters import Transformer, initialize
 from rlrag.objectives.credit import Credit, group_relative
-from rlrag.objectives.losses import Objective
+from rlrag.objectives.losses import MAX_TURNS, Objective
 from rlrag.objectives.update import Prepared, Update, build_optimizer, build_prepare, build_schedule
 from rlrag.packing import Packed
 from tests.episodes import VOCAB_SIZE
@@ -18,6 +19,7 @@ from tests.episodes import VOCAB_SIZE
 ARCHITECTURE = Architecture(
     vocab_size=VOCAB_SIZE, num_layers=2, embed_dim=16, num_heads=4, num_kv_heads=2, head_dim=4, mlp_dim=24, qk_norm=True
 )
+COEFFICIENTS = {"kl": np.float32(0.2), "kl_reward": np.float32(0.1)}
 
 
 @cache
@@ -49,10 +51,10 @@ def prepare(
     update: Update, packed: Packed, params: Transformer, reference: Transformer | None, credit: Credit
 ) -> Prepared:
     program = build_prepare(
-        {"m": ARCHITECTURE}, {"m": update.objective}, credit, packed.num_groups, packed.num_episodes
-    )  # fmt: skip
+        {"m": update.architecture}, {"m": update.objective}, {"m": "m"}, credit, packed.num_groups, packed.num_episodes
+    )
     num_micro = {"m": np.int32(packed.num_micro)}
-    return program({"m": params}, {"m": reference}, {"m": update.put(packed.batch)}, num_micro)
+    return program({"m": params}, {"m": reference}, {"m": update.put(packed.batch)}, num_micro, COEFFICIENTS)
 
 
 def differentiate(
@@ -62,16 +64,18 @@ def differentiate(
     """Loss, gradient and metrics of a whole packed batch, through the programs of the update."""
     update = build_update(objective, mesh)
     state = update.initialize(parameters() if params is None else params)
-    reference = parameters(1) if objective.needs_reference else None
+    reference = parameters(1) if "ref_logp" in objective.needs else None
     prepared = prepare(update, packed, state.params, reference, credit or group_relative())
     batch, counts = prepared.batches["m"], prepared.counts["m"]
     chosen = np.zeros(batch.tokens.shape[0], np.float32)
     chosen[: packed.num_micro] = 1
     gradient, sums = update._zeros(state.params), update._no_metrics(batch)
     for index in range(packed.num_micro):
-        gradient, sums = update.accumulate(state.params, gradient, sums, batch, counts, chosen, np.int32(index))
-    metrics = {name: float(value.value()) for name, value in sums.items()}
-    loss = sum(value for name, value in metrics.items() if name.startswith("loss/"))
+        gradient, sums = update.accumulate(
+            state.params, gradient, sums, batch, counts, COEFFICIENTS, chosen, np.int32(index)
+        )
+    metrics = numbers(jax.device_get(sums), {"role": ["agent"], "turn": list(map(str, range(MAX_TURNS)))})
+    loss = sum(metrics[f"loss/{name}"] * COEFFICIENTS.get(name, 1.0) for name in counts)
     return Gradient(loss, jax.device_get(gradient), metrics, prepared)
 
 

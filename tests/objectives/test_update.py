@@ -24,7 +24,7 @@ from tests.objectives.learner import (
     prepare,
 )
 
-OBJECTIVE = surrogate(kl=0.2)
+OBJECTIVE = surrogate(kl="k3")
 ON_POLICY = surrogate(recompute_old=True)
 GROUPS = make_groups(21, 3, 4)
 PAID = pay(GROUPS, 5)
@@ -116,7 +116,7 @@ def test_prepare_writes_what_the_objective_reads():
     )
     own, theirs = (np.asarray(score(p))[None] for p in (params, reference))
     for recompute in (False, True):
-        update = build_update(surrogate(kl=0.2, recompute_old=recompute))
+        update = build_update(surrogate(kl="k3", recompute_old=recompute))
         batch = prepare(update, packed, params, reference, group_relative()).batches["m"]
         np.testing.assert_array_equal(batch.logp, packed.batch.logp)
         np.testing.assert_allclose(np.asarray(batch.ref_logp)[act > 0], theirs[act > 0], atol=1e-6)
@@ -212,7 +212,7 @@ def test_minibatches_are_normalised_by_their_own_tokens():
         part = packing.Packed(**{**vars(packed), "batch": batch, "num_micro": 4})
         prepared = prepare(update, part, parameters(), None, ones())
         state, sums, _ = update.step(
-            update.initialize(parameters()), prepared.batches["m"], prepared.counts["m"], micros
+            update.initialize(parameters()), prepared.batches["m"], prepared.counts["m"], {}, micros
         )
         moved.append((state.params, float(sums["loss/nll"].value())))
     assert moved[0][1] == pytest.approx(moved[1][1], rel=1e-6)
@@ -227,7 +227,7 @@ def test_metrics_of_a_step_are_its_own():
     counts = []
     for micros in ([0, 1], [0, 1], [0]):
         prepared = prepare(update, packed, state.params, None, ones())
-        state, sums, _ = update.step(state, prepared.batches["m"], prepared.counts["m"], micros)
+        state, sums, _ = update.step(state, prepared.batches["m"], prepared.counts["m"], {}, micros)
         counts.append(float(sums["loss/nll"].count))
     trained = (packed.batch.act > 0).sum((1, 2))
     assert counts == [trained[0] + trained[1], trained[0] + trained[1], trained[0]]

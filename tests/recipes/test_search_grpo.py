@@ -14,17 +14,17 @@ def task():
 
 def test_warm_up_then_grpo(task):
     experiment = tiny()
-    experiment.main.update.kl, experiment.main.update.old_logp = 0.01, "recompute"
+    experiment.main.loss.kl, experiment.main.loss.old_logp = 0.01, "recompute"
     warm_up, main = search_grpo.build(experiment, task)
     assert (warm_up.name, warm_up.steps, warm_up.settings) == ("warm_up", experiment.warm_up.steps, experiment.warm_up)
     assert (main.name, main.steps, main.settings) == ("main", experiment.steps, experiment.main)
     assert warm_up.demonstrate is task.demonstrate
     assert main.demonstrate is None
-    objective = main.recipe.learn["policy"]
-    assert (objective.needs_old, objective.needs_reference, objective.recompute_old) == (True, True, True)
-    assert not warm_up.recipe.learn["policy"].needs_old
-    plain = search_grpo.build(tiny(), task)[1].recipe.learn["policy"]
-    assert (plain.needs_old, plain.needs_reference, plain.recompute_old) == (True, False, False)
+    objective = main.recipe.learn["policy"].objective
+    assert (objective.needs, objective.recompute_old) == ({"old_logp", "ref_logp"}, True)
+    assert not warm_up.recipe.learn["policy"].objective.needs
+    plain = search_grpo.build(tiny(), task)[1].recipe.learn["policy"].objective
+    assert (plain.needs, plain.recompute_old) == ({"old_logp"}, False)
 
 
 def test_the_supervised_baseline_differs_in_the_main_stage_alone(task):
@@ -35,7 +35,7 @@ def test_the_supervised_baseline_differs_in_the_main_stage_alone(task):
     assert (warm_up.steps, warm_up.settings) == (first.steps, first.settings)
     assert (main.name, main.steps, main.settings) == ("main", experiment.steps, experiment.main)
     assert main.demonstrate is task.demonstrate
-    assert not main.recipe.learn["policy"].needs_old
+    assert not main.recipe.learn["policy"].objective.needs
 
 
 def test_sampling_comes_from_the_rollout(task):
@@ -102,6 +102,6 @@ def test_a_reward_that_is_none(task):
     with pytest.raises(ValueError, match="'accuracy': give one of em, f1, contains"):
         search_grpo.recipe(experiment, task)
     experiment = tiny()
-    experiment.main.update.clip_low = np.inf
+    experiment.main.loss.clip_low = np.inf
     with pytest.raises(ValueError, match="clip_low is inf"):
         search_grpo.build(experiment, task)
