@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from configs.search_grpo import demo
 from rlrag.config import Experiment, Stage
+from rlrag.study import CONTINUED, Arm, Primary, Study
 
 STEPS = 60
 
@@ -139,7 +140,7 @@ def get_config(variant: str = "grpo") -> Experiment:
     experiment = start()
     if variant == "warm_start":
         experiment.steps = 0
-    elif variant == "warm_start_continued":
+    elif variant == CONTINUED:
         experiment.recipe = "rlrag.recipes.search_grpo:build_supervised"
         # 32 questions x 8 episodes a step; at the learning rate the warm-up ended with.
         experiment.main.questions, experiment.main.group_size = 256, 1
@@ -148,7 +149,30 @@ def get_config(variant: str = "grpo") -> Experiment:
     elif variant in ALGORITHMS:
         ALGORITHMS[variant](experiment.main, experiment)
     else:
-        known = ", ".join(["warm_start", "warm_start_continued", *ALGORITHMS])
+        known = ", ".join(["warm_start", CONTINUED, *ALGORITHMS])
         raise ValueError(f"configs/algorithms.py has no variant {variant!r}; there are: {known}")
     experiment.name = f"algorithms:{variant}"
     return experiment
+
+
+FIVE = ("grpo", "ppo", "gspo")  # algorithms with five seeds, and also five times longer
+
+
+def get_study() -> Study:
+    """Does every algorithm beat its warm start continued by supervised learning for equal updates and episodes?"""
+    arms = {CONTINUED: Arm(CONTINUED, seeds=(0, 1, 2, 3, 4))}
+    for name in ALGORITHMS:
+        arms[name] = Arm(name, seeds=(0, 1, 2, 3, 4) if name in (*FIVE, "grpo_one_step_off") else (0, 1, 2))
+    for name in FIVE:
+        arms[f"{name}_5x"] = Arm(name, seeds=(0, 1, 2, 3, 4), fields={"steps": 5 * STEPS})
+    return Study(
+        name="algorithms",
+        title="Every algorithm on a short form of the multi-hop world",
+        arms=arms,
+        primary=Primary(metric="em", better="grpo", baseline=CONTINUED, threshold=0.2),
+        contrasts=(
+            *((name, CONTINUED) for name in ALGORITHMS if name != "grpo"),
+            *((name, "grpo") for name in ALGORITHMS if name != "grpo"),
+            *((f"{name}_5x", name) for name in FIVE),
+        ),
+    )

@@ -48,7 +48,7 @@ def demo() -> Experiment:
         ),
         rollout=Rollout(num_slots=256, max_episodes=512, page_size=8, burst=6, prefill_rows=128, prefill_chunk=16),
         warm_up=Stage(
-            steps=1200,
+            steps=1700,
             questions=64,
             # Fewer steps and some seeds cannot read yet: GRPO then has nothing to reward.
             update=Update(

@@ -138,23 +138,20 @@ class Credit:
 class Loss:
     """What the main stage minimises (rlrag/objectives/losses.py has the equations)."""
 
-    ratio: Literal["token", "sequence"] = "token"  # token | sequence: of what the probability ratio is (GSPO: sequence)
-    aggregate: Literal["token", "sequence", "constant"] = (
-        "token"  # token | sequence | constant: what the mean is over (GRPO, DAPO, Dr. GRPO)
-    )
+    ratio: Literal["token", "sequence"] = "token"  # what the probability ratio is of (GSPO: sequence)
+    # What the mean is over: tokens (DAPO), sequences (GRPO), sequences by a constant length (Dr. GRPO).
+    aggregate: Literal["token", "sequence", "constant"] = "token"
     constant_tokens: int = 0  # constant: tokens a sequence counts for; 0: the longest an episode can be
     clip_low: float = 0.2  # of the ratio, below 1
     clip_high: float = 0.2  # above 1
     dual_clip: float = 0.0  # bound of the ratio where the advantage is negative, above 1; 0: none
     kl: float = 0.0  # coefficient of the KL to the stage's reference, as a loss
-    kl_estimator: Literal["k1", "k2", "k3"] = "k3"  # k1 | k2 | k3, of the loss and of the reward
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"  # of the loss and of the reward
     kl_target: float = 0.0  # nats a token that the KL coefficient adapts to; 0: fixed
     kl_horizon: int = 10_000  # episodes over which it adapts
     entropy: float = 0.0  # coefficient of an entropy bonus
     old_logp: str = "sampler"  # of the ratio. "sampler": as recorded; "recompute": scored again by the learner
-    importance: Literal["none", "token", "sequence"] = (
-        "none"  # none | token | sequence: truncated weights from the sampler to old_logp
-    )
+    importance: Literal["none", "token", "sequence"] = "none"  # truncated weights from the sampler to old_logp
     importance_cap: float = 2.0
     critic: str = ""  # trunk: a value head on the policy | separate: a model of its own; gae needs one
     value: float = 0.5  # coefficient of the value loss, where the head is on the trunk
