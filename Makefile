@@ -13,7 +13,7 @@ UV := $(shell uv --version >/dev/null 2>&1 && echo uv)
 export UV_PYTHON_DOWNLOADS := never
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
-.PHONY: help venv demo test test-matrix pytest lint bench lock
+.PHONY: help venv demo test test-matrix pytest lint kill-points bench lock
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -46,6 +46,9 @@ pytest: $(INSTALLED) ## the test suite alone (PYTEST_ARGS=tests/kernels for a pa
 
 test-matrix: ## the test suite on every supported Python and JAX, each in its own .venv-NAME (ONLY=NAME for one)
 	@MAKE=$(MAKE) .ci/test_matrix $(ONLY)
+
+kill-points: $(INSTALLED) ## trainings killed at 51 random moments end as if they had been left alone (KILLS=51 SEED=0)
+	$(RUN) -m tests.kill_points --kills=$(or $(KILLS),51) --seed=$(or $(SEED),0)
 
 bench: $(INSTALLED) ## time every implementation of every kernel on this device
 	$(RUN) -m kernels.bench

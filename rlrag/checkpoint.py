@@ -8,6 +8,7 @@ checkpoint good.
 
 import hashlib
 import json
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,9 +28,17 @@ class Checkpoints:
         self.directory = directory
 
     def save(self, step: int, arrays: Any, meta: dict[str, Any]) -> None:
-        """One more checkpoint; `step` must be greater than the latest's."""
+        """One more checkpoint; `step` must be greater than the latest's. ValueError where it cannot be written."""
         args = ocp.args.Composite(state=ocp.args.StandardSave(arrays), meta=ocp.args.JsonSave(meta))
-        self._manager.save(step, args=args, force=True)
+        try:
+            self._manager.save(step, args=args, force=True)
+        except Exception as error:  # Orbax raises many kinds, of which a full disk is the usual cause
+            good = self.latest()
+            kept = f"checkpoint {good} stays good" if good is not None else "there is none yet"
+            raise ValueError(
+                f"checkpoint {self.directory / str(step)} cannot be written ({first_line(error)}): {kept}; make room "
+                f"({free_space(self.directory)} free), then the same command goes on"
+            ) from error
 
     def latest(self) -> int | None:
         return self._manager.latest_step()
@@ -62,13 +71,21 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
-            reason = str(error).strip().partition("\n")[0][:200] or type(error).__name__
+            reason = first_line(error)
             others = [other for other in self._manager.all_steps() if other < step]
             remedy = f"remove it to go on from step {max(others)}" if others else "remove it to begin anew"
             raise ValueError(f"checkpoint {self.directory / str(step)} cannot be read ({reason}): {remedy}") from error
 
     def close(self) -> None:
         self._manager.close()
+
+
+def first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0][:200] or type(error).__name__
+
+
+def free_space(directory: Path) -> str:
+    return f"{shutil.disk_usage(directory).free / 2**20:,.0f} MiB"
 
 
 def digest(params: Any) -> str:
