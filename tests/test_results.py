@@ -88,7 +88,7 @@ def test_a_study_without_a_result_is_told(tmp_path):
 def test_the_verdict(interval, word):
     contrast = None if interval is None else {"interval": interval, "difference": 0.1, "n": 5}
     text = verdict({"contrast": ["a", "b"], "metric": "em", "threshold": 0.1}, contrast)
-    assert f"{word}" in text
+    assert word in text
 
 
 def test_bands_are_over_the_steps_that_all_seeds_have():
