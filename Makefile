@@ -33,6 +33,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 demo: $(INSTALLED) ## a language model learns to search, in minutes, on a CPU (DEMO_DIR=runs/demo)
 	$(RUN) -m launch.train --config=configs/search_grpo.py:demo --workdir=$(DEMO_DIR)
+	@$(RUN) -m launch.view --workdir=$(DEMO_DIR)
 
 test: lint pytest ## everything that must pass: lint and the whole test suite
 

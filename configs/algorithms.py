@@ -134,6 +134,9 @@ ALGORITHMS: dict[str, Callable[[Stage, Experiment], None]] = {
 }  # fmt: skip
 
 
+VARIANTS = ("warm_start", CONTINUED, *ALGORITHMS)
+
+
 def get_config(variant: str = "grpo") -> Experiment:
     """An algorithm by name; warm_start: the policy they all begin with; warm_start_continued: the same supervised
     learning for as many updates on as many episodes as GRPO's."""
@@ -149,8 +152,7 @@ def get_config(variant: str = "grpo") -> Experiment:
     elif variant in ALGORITHMS:
         ALGORITHMS[variant](experiment.main, experiment)
     else:
-        known = ", ".join(["warm_start", CONTINUED, *ALGORITHMS])
-        raise ValueError(f"configs/algorithms.py has no variant {variant!r}; there are: {known}")
+        raise ValueError(f"configs/algorithms.py has no variant {variant!r}; there are: {', '.join(VARIANTS)}")
     experiment.name = f"algorithms:{variant}"
     return experiment
 

@@ -1,7 +1,8 @@
 """Train: python -m launch.train --config=configs/search_grpo.py:demo --workdir=runs/demo
 
 The same command goes on from the newest checkpoint in the workdir; --config.FIELD=VALUE changes a field, as in
---config.seed=1 --config.steps=100 (rlrag/config.py lists them).
+--config.seed=1 --config.steps=100 (rlrag/config.py lists them). --compile_only checks and compiles everything, and says
+what it will take.
 """
 
 from collections.abc import Sequence
@@ -17,13 +18,21 @@ def define_flags(values: flags.FlagValues, argv: Sequence[str]) -> None:
     flags.DEFINE_string(
         "workdir", None, "Directory of the run: metrics, curve, result, checkpoints.", flag_values=values
     )
+    flags.DEFINE_bool(
+        "compile_only", False, "Check and compile everything, say what it will take, and end.", flag_values=values
+    )
 
 
 def main(values: flags.FlagValues) -> None:
     from rlrag.config import check
 
     check(values.config)
-    from rlrag.train import train  # imports JAX, which takes seconds: a wrong value is told before
+    if values.compile_only:
+        from rlrag.dry_run import describe, dry_run  # imports JAX, which takes seconds: a wrong value is told before
+
+        print(describe(dry_run(values.config, Path(values.workdir))))
+        return
+    from rlrag.train import train
 
     train(values.config, Path(values.workdir))
 

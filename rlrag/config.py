@@ -213,6 +213,7 @@ class Experiment:
     warm_start: str = ""  # workdir of a run whose newest policy begins the main stage, in place of a warm-up
     checkpoint_every: int = 50  # steps; the end of a stage is saved too
     best_metric: str = "em"  # of validation: its best parameters are kept in DIR/best
+    log_episodes: int = 16  # episodes a step kept for the page (launch.view), and ten times as many of the last test
     model: Architecture = field(default_factory=Architecture)
     mesh: Mesh = field(default_factory=Mesh)
     data: Data = field(default_factory=Data)

@@ -36,7 +36,7 @@ def evaluate(
     examples: Sequence[Example],
     recipe: Recipe,
     seed: int = 0,
-    progress: Callable[[dict[str, Any]], None] = lambda row: None,
+    progress: Callable[[dict[str, Any], Group], None] = lambda row, group: None,
 ) -> list[dict[str, Any]]:
     """One evaluation-mode episode of each example; rows as `row` makes them, in example order, each shown to
     `progress`, with the recall of their searches (`search_recall`)."""
@@ -45,7 +45,7 @@ def evaluate(
     for group in engine.run(weights, examples, play, jax.random.key(seed)):
         trajectories.append(group.trajectories[0])
         rows.append(row(group.trajectories[0]))
-        progress(rows[-1])
+        progress(rows[-1], group)
     assert engine.searcher is not None
     return [r | found for r, found in zip(rows, search_recall(trajectories, engine.searcher), strict=True)]
 
@@ -93,7 +93,7 @@ class Shown:
     def __init__(self, progress: Bar):
         self.progress, self.rows, self.em, self.f1 = progress, 0, 0.0, 0.0
 
-    def __call__(self, row: Mapping[str, Any]) -> None:
+    def __call__(self, row: Mapping[str, Any], group: Group) -> None:
         self.rows, self.em, self.f1 = self.rows + 1, self.em + row["em"], self.f1 + row["f1"]
         self.progress.show(EM=f"{self.em / self.rows:.3f}", F1=f"{self.f1 / self.rows:.3f}")
 

@@ -32,8 +32,33 @@ class Learned(NamedTuple):
     advantages: dict[Call, np.ndarray]
 
 
+class Programs:
+    """What one stage compiles: prepare over all its models, accumulate and apply of each that learns."""
+
+    def __init__(self, stage: Stage, a: Architecture, mesh: jax.sharding.Mesh, num_kept: int):
+        self.stage, self.num_kept = stage, num_kept
+        recipe = stage.recipe
+        self.architectures = {name: architecture_of(a, recipe.learn.get(name)) for name in recipe.models}
+        self.reads = {name: learn.reads or name for name, learn in recipe.learn.items()}
+        self.refers = [name for name, learn in recipe.learn.items() if "ref_logp" in learn.objective.needs]
+        self.updates = {
+            name: build_update(stage, self.architectures[name], learn, mesh) for name, learn in recipe.learn.items()
+        }
+        questions, episodes = stage.settings.questions, stage.settings.questions * stage.settings.group_size
+        objectives = {name: learn.objective for name, learn in recipe.learn.items()}
+        self.prepare = build_prepare(self.architectures, objectives, self.reads, recipe.credit, questions, episodes)
+
+    def shape(self, max_micro: int) -> Shape:
+        """Of a packed batch."""
+        update = self.stage.settings.update
+        return Shape(
+            update.micro_rows, update.row_tokens, update.max_segments, max_micro, self.num_kept,
+            len(self.stage.recipe.rewards),
+        )  # fmt: skip
+
+
 class Learner:
-    """The models of one stage, the train states of those that learn, and the programs that change them."""
+    """The models of one stage, the train states of those that learn, and what changes them."""
 
     def __init__(
         self,
@@ -45,27 +70,18 @@ class Learner:
     ):
         """models are taken over: what begins the stage, by name, and the reference where an objective wants one. A
         model that is not among them begins as a copy of `policy`."""
-        self.stage, self.num_kept, self.max_micro = stage, num_kept, stage.settings.update.max_micro
-        recipe, self.learn_of = stage.recipe, stage.recipe.learn
-        self.architectures = {name: architecture_of(a, self.learn_of.get(name)) for name in recipe.models}
-        begun = {name: begin(models, name, own, mesh) for name, own in self.architectures.items()}
-        self.reads = {name: learn.reads or name for name, learn in self.learn_of.items()}
-        self.frozen = {name: params for name, params in begun.items() if name not in self.learn_of}
+        self.stage, self.max_micro = stage, stage.settings.update.max_micro
+        self.programs = programs = Programs(stage, a, mesh, num_kept)
+        begun = {name: begin(models, name, own, mesh) for name, own in programs.architectures.items()}
+        self.frozen = {name: params for name, params in begun.items() if name not in programs.updates}
         self.references: dict[str, Transformer | None] = {
-            name: copied(begun[name]) if "ref_logp" in learn.objective.needs else None
-            for name, learn in self.learn_of.items()
-        }
-        self.updates = {
-            name: build_update(stage, self.architectures[name], learn, mesh) for name, learn in self.learn_of.items()
+            name: copied(begun[name]) if name in programs.refers else None for name in programs.updates
         }
         self.states: dict[str, TrainState] = {
-            name: update.initialize(begun[name]) for name, update in self.updates.items()
+            name: update.initialize(begun[name]) for name, update in programs.updates.items()
         }
-        questions, episodes = stage.settings.questions, stage.settings.questions * stage.settings.group_size
-        objectives = {name: learn.objective for name, learn in self.learn_of.items()}
-        self.prepare = build_prepare(self.architectures, objectives, self.reads, recipe.credit, questions, episodes)
-        self.roles = {name: index for index, name in enumerate(recipe.roles)}
-        self.coefficients = {name: coefficient.value for name, coefficient in recipe.coefficients.items()}
+        self.roles = {name: index for index, name in enumerate(stage.recipe.roles)}
+        self.coefficients = {name: coefficient.value for name, coefficient in stage.recipe.coefficients.items()}
 
     @property
     def models(self) -> dict[str, Transformer]:
@@ -82,16 +98,16 @@ class Learner:
         """One batch: an optimizer step a minibatch. step: number of the batch, which seeds the order of minibatches."""
         groups, paid = collected.accepted()
         packed = self.pack(groups, paid)
-        batches = {name: next(iter(self.updates.values())).put(one.batch) for name, one in packed.items()}
+        batches = {name: next(iter(self.programs.updates.values())).put(one.batch) for name, one in packed.items()}
         num_micro = {name: np.int32(one.num_micro) for name, one in packed.items()}
         coefficients = {name: np.float32(value) for name, value in self.coefficients.items()}
         params = {name: state.params for name, state in self.states.items()}
-        prepared = self.prepare(params, self.references, batches, num_micro, coefficients)
+        prepared = self.programs.prepare(params, self.references, batches, num_micro, coefficients)
         values = {}
-        for name, update in self.updates.items():
-            batch, micros = prepared.batches[self.reads[name]], packed[self.reads[name]].num_micro
+        for name, update in self.programs.updates.items():
+            batch, micros = prepared.batches[self.programs.reads[name]], packed[self.programs.reads[name]].num_micro
             own = self._steps(name, update, batch, prepared.counts[name], micros, coefficients, step)
-            prefix = "" if name == POLICY or len(self.updates) == 1 else f"{name}/"
+            prefix = "" if name == POLICY or len(self.programs.updates) == 1 else f"{name}/"
             values |= {prefix + key: value for key, value in own.items()}
         values |= numbers(jax.device_get(prepared.metrics), {})
         values |= describe(collected, next(iter(packed.values())))
@@ -123,16 +139,13 @@ class Learner:
     def pack(self, groups: Sequence[Group], paid: Sequence[Sequence[Paid]]) -> dict[str, Packed]:
         """Rows of the batch of every model that is learned from. Where they are too few there are twice as many from
         then on, and that is said: every program is compiled once more."""
-        update, recipe = self.stage.settings.update, self.stage.recipe
+        recipe = self.stage.recipe
         while True:
-            shape = Shape(
-                update.micro_rows, update.row_tokens, update.max_segments, self.max_micro, self.num_kept,
-                len(recipe.rewards),
-            )  # fmt: skip
+            shape = self.programs.shape(self.max_micro)
             try:
                 return {
                     model: pack_rows(groups, paid, self._roles_of(model), recipe.rewards, shape)
-                    for model in dict.fromkeys(self.reads.values())
+                    for model in dict.fromkeys(self.programs.reads.values())
                 }
             except RowsExhausted as full:
                 self.max_micro *= 2

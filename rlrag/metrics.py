@@ -8,6 +8,7 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -107,18 +108,29 @@ class Writer:
 
         self.path = directory / "metrics.jsonl"
         self._file = self.path.open("a")
-        self._events = SummaryWriter(str(directory / "tensorboard"), purge_step=purge_step)
+        # Its own thread: Ctrl-C interrupts the main one, and a writer interrupted within its queue never closes.
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="tensorboard")
+        self._events = self._thread.submit(
+            SummaryWriter, str(directory / "tensorboard"), purge_step=purge_step
+        ).result()
+        self._written: Future[None] | None = None
 
     def write(self, stage: str, step: int, global_step: int, values: Mapping[str, float]) -> None:
         row = {"stage": stage, "step": step, **{name: round_for_json(value) for name, value in values.items()}}
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
+        if self._written is not None:
+            self._written.result()  # raises what went wrong
+        self._written = self._thread.submit(self._write_events, stage, global_step, dict(values))
+
+    def _write_events(self, stage: str, global_step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
             self._events.add_scalar(f"{stage}/{name}", value, global_step)
 
     def close(self) -> None:
         self._file.close()
-        self._events.close()
+        self._thread.submit(self._events.close).result()
+        self._thread.shutdown()
 
 
 def rewind(path: Path, rows: int) -> None:

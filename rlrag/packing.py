@@ -83,35 +83,51 @@ class Packed:
     left_out: int  # episodes not packed
 
 
+def empty_rows(shape: Shape) -> Batch:
+    """Padding alone: leaves [M * R, ...], numpy, on the way to the device."""
+    num_rows, T, S = shape.rows * shape.max_micro, shape.tokens, shape.max_segments
+
+    def tokens(dtype: type, value: float = 0, *more: int) -> Any:
+        return np.full((num_rows, T, *more), value, dtype)
+
+    def segments(dtype: type, value: float = 0, *more: int) -> Any:
+        return np.full((num_rows, S, *more), value, dtype)
+
+    ints, floats = np.int32, np.float32
+    return Batch(
+        tokens=tokens(ints), segment=tokens(ints), positions=tokens(ints), turn=tokens(ints), role=tokens(ints),
+        tags=tokens(ints), act=tokens(ints), kept=tokens(ints, -1, shape.num_kept), temperature=tokens(floats, 1),
+        logp=tokens(floats), entropy=tokens(floats), certainty=tokens(floats), bonus=tokens(floats),
+        weight=tokens(floats), old_logp=tokens(floats), ref_logp=tokens(floats),
+        value=tokens(floats), target=tokens(floats),
+        segments=Segments(
+            episode=segments(ints, -1), call=segments(ints), group=segments(ints, -1),
+            parent=segments(ints), version=segments(ints),
+            rewards=segments(floats, 0, shape.num_rewards), valid=segments(bool, False, shape.num_rewards),
+        ),
+    )  # fmt: skip
+
+
+def empty_batch(shape: Shape) -> Batch:
+    """Padding alone: leaves [M, R, ...], numpy."""
+    return by_micro_batch(empty_rows(shape), shape)
+
+
+def by_micro_batch(rows: Batch, shape: Shape) -> Batch:
+    return jax.tree.map(lambda leaf: leaf.reshape(shape.max_micro, shape.rows, *leaf.shape[1:]), rows)
+
+
 class _Rows:
     """The arrays being filled."""
 
     def __init__(self, shape: Shape):
         self.shape = shape
-        num_rows, T, S = shape.rows * shape.max_micro, shape.tokens, shape.max_segments
+        num_rows = shape.rows * shape.max_micro
         self.length = np.zeros(num_rows, np.int32)  # columns used
         self.count = np.ones(num_rows, np.int32)  # segments used; 0 is padding
         self.open = 0  # rows in use
 
-        def tokens(dtype: type, value: float = 0, *more: int) -> Any:  # numpy, on the way to the device
-            return np.full((num_rows, T, *more), value, dtype)
-
-        def segments(dtype: type, value: float = 0, *more: int) -> Any:
-            return np.full((num_rows, S, *more), value, dtype)
-
-        ints, floats = np.int32, np.float32
-        self.batch = Batch(
-            tokens=tokens(ints), segment=tokens(ints), positions=tokens(ints), turn=tokens(ints), role=tokens(ints),
-            tags=tokens(ints), act=tokens(ints), kept=tokens(ints, -1, shape.num_kept), temperature=tokens(floats, 1),
-            logp=tokens(floats), entropy=tokens(floats), certainty=tokens(floats), bonus=tokens(floats),
-            weight=tokens(floats), old_logp=tokens(floats), ref_logp=tokens(floats),
-            value=tokens(floats), target=tokens(floats),
-            segments=Segments(
-                episode=segments(ints, -1), call=segments(ints), group=segments(ints, -1),
-                parent=segments(ints), version=segments(ints),
-                rewards=segments(floats, 0, shape.num_rewards), valid=segments(bool, False, shape.num_rewards),
-            ),
-        )  # fmt: skip
+        self.batch = empty_rows(shape)
 
     def first_fit(self, tokens: int, segments: int) -> int:
         """The first row with that much room."""
@@ -202,7 +218,7 @@ def pack(
         place(family, rows, roles, places)
     num_micro = max(1, -(-rows.open // shape.rows))
     used = int(rows.length.sum())
-    batch = jax.tree.map(lambda leaf: leaf.reshape(shape.max_micro, shape.rows, *leaf.shape[1:]), rows.batch)
+    batch = by_micro_batch(rows.batch, shape)
     fill = used / max(1, rows.open * shape.tokens)
     return Packed(batch, num_micro, places, fill, len(groups), episode, left_out)
 

@@ -60,14 +60,12 @@ def build_architecture(experiment: config.Experiment, task: Task) -> Architectur
     return replace(experiment.model, vocab_size=max(experiment.model.vocab_size, task.tokenizer.vocab_size))
 
 
-def build_engine(
-    experiment: config.Experiment, task: Task, a: Architecture, mesh: jax.sharding.Mesh, models: Sequence[str]
-) -> Engine:
-    """The rollout engine of an experiment with its retriever, and a decoder for each model that speaks."""
+def build_spec(experiment: config.Experiment, task: Task) -> Spec:
+    """The sizes of the sampling program."""
     r = experiment.rollout
     page = r.page_size
     max_tokens = -(-task.workflow.max_tokens // page) * page
-    spec = Spec(
+    return Spec(
         num_slots=r.num_slots,
         num_pages=r.num_pages or 2 * r.num_slots * (max_tokens // page),
         page_size=page,
@@ -78,6 +76,13 @@ def build_engine(
         prefill_chunks=r.prefill_chunks,
         num_kept=r.num_kept,
     )
+
+
+def build_engine(
+    experiment: config.Experiment, task: Task, a: Architecture, mesh: jax.sharding.Mesh, models: Sequence[str]
+) -> Engine:
+    """The rollout engine of an experiment with its retriever, and a decoder for each model that speaks."""
+    r, spec = experiment.rollout, build_spec(experiment, task)
     token_bytes, end_id = task.tokenizer.token_bytes(), task.tokenizer.end_id
     decoders = {model: Decoder(a, spec, token_bytes, end_id, mesh, r.max_stop_states) for model in models}
     retriever = InProcess(

@@ -25,7 +25,14 @@ CONTINUED = "warm_start_continued"  # the arm that every study has: the warm sta
 LEAST_SEEDS = 5  # of the primary contrast
 POLL_S = 0.5
 SAY_EVERY_S = 20.0
-NOT_OF_A_WARM_START = ("name", "seed", "checkpoint_every", "watch")  # fields that change nothing of what it learns
+NOT_OF_A_WARM_START = (
+    "name",
+    "seed",
+    "checkpoint_every",
+    "watch",
+    "log_episodes",
+    "best_metric",
+)  # fields that change nothing of what it learns
 
 
 @dataclass(frozen=True)

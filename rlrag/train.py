@@ -16,6 +16,7 @@ from rlrag.collection import Collector
 from rlrag.console import LINE_EVERY_S, bar, headline, say
 from rlrag.data.sources import iterate
 from rlrag.data.task import Task, open_task
+from rlrag.episodes import EpisodeLog
 from rlrag.evaluate import Shown, bounds, evaluate, summarize, write_rows
 from rlrag.learner import Learner
 from rlrag.mesh import make_mesh
@@ -28,10 +29,12 @@ from rlrag.report import describe, draw_curve, versions
 from rlrag.rollout.engine import Engine
 from rlrag.setup import acting_models, build_architecture, build_engine, build_stages, check_sizes
 from rlrag.signals import Stopping
+from rlrag.trajectory import Group
 from rlrag.watch import Alarm, Watchman
 
-BEGIN = {"stage": 0, "step": 0, "ended": False, "rows": 0, "alarms": 0, "tokens": 0, "seconds": 0.0}
+BEGIN = {"stage": 0, "step": 0, "ended": False, "rows": 0, "alarms": 0, "episodes": 0, "tokens": 0, "seconds": 0.0}
 BEGIN |= {"result": {}, "best": None}
+TESTED = 10  # times as many episodes of the last test are logged as of a step
 Models = Mapping[str, Transformer]
 
 
@@ -52,6 +55,7 @@ class Run:
     writer: Writer
     stopping: Stopping
     best: Checkpoints  # the best by held-out score
+    episodes: EpisodeLog
     begun: float = field(default_factory=time.perf_counter)
     tokens: int = 0  # trained on so far
     result: dict[str, Any] = field(default_factory=dict)
@@ -110,6 +114,7 @@ def set_up(experiment: config.Experiment, directory: Path, mesh: jax.sharding.Me
     meta = BEGIN if saved is None else checkpoints.meta(saved)
     rewind(directory / "metrics.jsonl", meta["rows"])
     rewind(directory / "alarms.jsonl", meta["alarms"])
+    rewind(directory / "episodes.jsonl", meta["episodes"])
     if saved is None:
         (directory / "result.json").unlink(missing_ok=True)  # of a run that is gone
     say(f"{experiment.name}: {num_parameters(a):,} parameters, {device()}, JAX {jax.__version__}, {directory}")
@@ -117,7 +122,10 @@ def set_up(experiment: config.Experiment, directory: Path, mesh: jax.sharding.Me
         say(f"going on from step {meta['step']} of stage {stages[meta['stage']].name}")
     writer = Writer(directory, purge_step=(saved or 0) + 1)
     best = Checkpoints(directory / "best", keep=1)
-    return Run(experiment, directory, mesh, task, a, stages, engine, checkpoints, saved, meta, writer, stopping, best)
+    log = EpisodeLog(directory, task.tokenizer.token_bytes())
+    return Run(
+        experiment, directory, mesh, task, a, stages, engine, checkpoints, saved, meta, writer, stopping, best, log
+    )
 
 
 def play_stages(run: Run) -> Models:
@@ -183,12 +191,14 @@ def play(run: Run, learner: Learner, number: int) -> None:
         while step < stage.steps:
             collected = collector.take(step, step, lambda: run.packed(learner.acting))
             begin = time.perf_counter()
-            values = learner.learn(collected, step).values
+            values, advantages = learner.learn(collected, step)
             values["update_s"] = time.perf_counter() - begin
             values |= {f"rollout/{name}": value for name, value in collected.usage.items()}
             run.tokens += int(values["trained_tokens"])
             cursor = collected.cursor
             step += 1
+            log = run.experiment.log_episodes if stage.demonstrate is None else 0
+            run.episodes.write(stage.name, step, *collected.accepted(), log, advantages)
             every = stage.settings.evaluate_every
             if every and step % every == 0:
                 collector.settle()
@@ -255,6 +265,7 @@ def save(
         "watch": watchman.state,
         "rows": num_rows(run.writer.path),
         "alarms": num_rows(run.directory / "alarms.jsonl"),
+        "episodes": num_rows(run.episodes.path),
         "tokens": run.tokens,
         "seconds": run.seconds,
         "best": run.best_score,
@@ -271,7 +282,18 @@ def score(run: Run, models: Models, name: str) -> dict[str, Any]:
     if "oracle" not in run.result:
         run.result |= {"oracle": None, "random": None} | bounds(run.task, examples)
     with bar(f"{name} test", len(examples), first_line_s=LINE_EVERY_S) as progress:
-        rows = evaluate(run.engine, run.packed(models), examples, recipe, progress=Shown(progress))
+        shown, groups = Shown(progress), []
+
+        def played(row: Mapping[str, Any], group: Group) -> None:
+            shown(row, group)
+            if len(groups) < TESTED * run.experiment.log_episodes:
+                groups.append(group)
+            leave_if_asked(run, True)
+
+        rows = evaluate(run.engine, run.packed(models), examples, recipe, progress=played)
+    if name == "final":
+        step = run.stages[-1].steps
+        run.episodes.write("test", step, groups, [recipe.reward(group) for group in groups], len(groups))
     write_rows(run.directory / f"predictions_{name}.jsonl", rows)
     summary = summarize(rows)
     say("\n".join(describe({name: summary, **{policy: run.result[policy] for policy in ("oracle", "random")}})))

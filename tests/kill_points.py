@@ -85,6 +85,13 @@ def rows_of(directory: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().split("\n")[:-1]] if path.exists() else []
 
 
+def without_times(row: dict) -> dict:
+    """A logged episode without how long its searches took."""
+    for search in row.get("searches", []):
+        del search["wait_s"]
+    return row
+
+
 def finger_print(directory: Path) -> dict:
     """Everything that must be equal."""
     import orbax.checkpoint as ocp
@@ -97,8 +104,9 @@ def finger_print(directory: Path) -> dict:
     found["rows"] = [{k: v for k, v in row.items() if not k.endswith(TIMES)} for row in rows_of(directory)]
     for name in ("predictions_final.jsonl", "predictions_warm_start.jsonl"):
         found[name] = (directory / name).read_text() if (directory / name).exists() else ""
-    alarms = directory / "alarms.jsonl"
-    found["alarms"] = alarms.read_text() if alarms.exists() else ""
+    for name in ("alarms.jsonl", "episodes.jsonl"):
+        lines = (directory / name).read_text().splitlines() if (directory / name).exists() else []
+        found[name] = [without_times(json.loads(line)) for line in lines]
     for folder in ("checkpoints", "best"):
         steps = sorted(int(path.name) for path in (directory / folder).iterdir() if path.name.isdecimal())
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:

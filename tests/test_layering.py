@@ -69,19 +69,24 @@ RULES = {
     "rlrag.statistics": Rule("", "numpy scipy"),
     "rlrag.study": Rule("rlrag.config rlrag.workdir rlrag.console", ""),  # its cells are processes of their own
     "rlrag.results": Rule("rlrag.study rlrag.statistics", "numpy matplotlib"),
+    "rlrag.episodes": Rule("rlrag.trajectory rlrag.rewards.paid", "numpy"),
+    "rlrag.view": Rule("rlrag.workdir", ""),
     "rlrag.records": Rule("", "numpy"),
     "rlrag.watch": Rule("rlrag.config", ""),
     "rlrag.signals": Rule("", ""),
     "rlrag.collection": Rule("kernels rlrag", "jax numpy"),
     "rlrag.learner": Rule("kernels rlrag", "jax numpy"),
+    "rlrag.dry_run": Rule("kernels rlrag", "jax numpy"),
     "rlrag.train": Rule("kernels rlrag", "jax numpy flax optax grain rich matplotlib"),
     "configs": Rule(
         "configs rlrag.recipes rlrag.config rlrag.model.architecture rlrag.data rlrag.study", "ml_collections"
     ),
     "launch": Rule(
-        "launch configs rlrag.train rlrag.evaluate rlrag.config rlrag.console", "absl ml_collections jax numpy rich"
+        "launch configs rlrag.train rlrag.dry_run rlrag.evaluate rlrag.config rlrag.console",
+        "absl ml_collections jax numpy rich",
     ),
     "launch.study": Rule("launch rlrag.study rlrag.results", "absl"),
+    "launch.view": Rule("launch rlrag.view", "absl"),
     "launch.prepare_data": Rule("launch rlrag.data rlrag.trajectory", "absl numpy tensorflow_datasets"),
     "launch.bench": Rule("launch kernels rlrag", "absl jax flax optax numpy"),
 }

@@ -71,7 +71,7 @@ def test_what_a_run_leaves(finished):
     directory, result = finished
     assert {path.name for path in directory.iterdir()} == {
         "config.json", "metrics.jsonl", "tensorboard", "checkpoints", "curve.png", "result.json",
-        "predictions_warm_start.jsonl", "predictions_final.jsonl", "best", "alarms.jsonl",
+        "predictions_warm_start.jsonl", "predictions_final.jsonl", "best", "alarms.jsonl", "episodes.jsonl",
     }  # fmt: skip
     assert json.loads((directory / "result.json").read_text()) == result
     assert set(result) == {

@@ -92,19 +92,19 @@ class Update:
             partial(accumulate, a, objective), donate_argnums=(1, 2), out_shardings=(params, replicated)
         )
         self.apply = jax.jit(
-            partial(apply, optimizer, schedule), donate_argnums=0, out_shardings=(self._where(), replicated)
+            partial(apply, optimizer, schedule), donate_argnums=0, out_shardings=(self.where(), replicated)
         )
         self._zeros = jax.jit(lambda params: jax.tree.map(jnp.zeros_like, params), out_shardings=params)
         self._empty: Metrics | None = None
 
     def initialize(self, params: Any) -> TrainState:
         """A fresh state around params (which it takes over), laid out over the mesh."""
-        where = self._where()
+        where = self.where()
         params = jax.device_put(params, where.params)
         opt_state = jax.jit(self.optimizer.init, out_shardings=where.opt_state)(params)
         return TrainState(params, opt_state, jax.device_put(np.int32(0), where.step))
 
-    def _where(self) -> TrainState:
+    def where(self) -> TrainState:
         """The sharding of every leaf of the state. It is spelled out for what goes in and what comes out: what the
         compiler would choose may differ from one to the other, and then every program is compiled twice."""
         a, replicated = self.architecture, NamedSharding(self.mesh, PartitionSpec())
@@ -135,7 +135,7 @@ class Update:
         absent; other names are ignored."""
         chosen = np.zeros(batch.tokens.shape[0], np.float32)
         chosen[list(micros)] = 1
-        grads, sums = self._zeros(state.params), self._no_metrics(batch)
+        grads, sums = self._zeros(state.params), self.no_metrics(batch)
         for index in micros:
             grads, sums = self.accumulate(
                 state.params, grads, sums, batch, counts, dict(coefficients), chosen, np.int32(index)
@@ -143,7 +143,8 @@ class Update:
         state, applied = self.apply(state, grads)
         return state, sums, applied
 
-    def _no_metrics(self, batch: Batch) -> Metrics:
+    def no_metrics(self, batch: Batch) -> Metrics:
+        """What metrics of this objective begin with. batch: any, for its shapes."""
         if self._empty is None:  # the names of an objective's metrics do not change: trace it once
             micro = jax.eval_shape(lambda b: select(b, 0), batch)
             self._empty = nothing(jax.eval_shape(lambda b: reported(self.objective, no_scores(b), b)[1], micro))

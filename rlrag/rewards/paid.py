@@ -26,15 +26,18 @@ Reward = Callable[[Group], list[Paid]]
 
 
 def combined(*parts: tuple[Reward, float]) -> Reward:
-    """Several rewards, each multiplied by its factor; their names stay apart, metrics come unscaled from all."""
+    """Several rewards, each multiplied by its factor; their names stay apart, metrics come unscaled from all. A factor
+    of 0 is for metrics alone: nothing is paid, under no name."""
 
     def reward(group: Group) -> list[Paid]:
         total = [Paid({}) for _ in group.trajectories]
         for part, factor in parts:
             for sum_, paid in zip(total, part(group), strict=True):
+                sum_.metrics |= paid.metrics
+                if factor == 0:
+                    continue
                 sum_.per_call |= {name: [factor * value for value in values] for name, values in paid.per_call.items()}
                 sum_.per_token |= {name: factor * values for name, values in paid.per_token.items()}
-                sum_.metrics |= paid.metrics
         return total
 
     return reward

@@ -185,26 +185,13 @@ class Decoder:
 
     def _schedule(self) -> Inbox:
         spec, shards = self.spec, self.shards
-        J, R, C = spec.prefill_chunks, spec.prefill_rows, spec.prefill_chunk
-        B, n, K = spec.num_slots, spec.pages_per_stream, spec.num_kept
-        prefill = Prefill(
-            tokens=np.zeros((J, R, C), np.int32), start=np.zeros((J, R), np.int32), count=np.zeros((J, R), np.int32),
-            table=np.zeros((J, R, n), np.int32), num_chunks=np.zeros(shards, np.int32),
-        )  # fmt: skip
-        controls = Controls(
-            np.ones(B, np.float32), np.zeros(B, np.int32), np.ones(B, np.float32), np.full((B, K), -1, np.int32)
-        )
-        decode = Decode(
-            token=np.zeros(B, np.int32), position=np.zeros(B, np.int32), limit=np.zeros(B, np.int32),
-            table=np.zeros((B, n), np.int32), stop_state=np.zeros(B, np.int32), stream=np.zeros(B, np.uint32),
-            once=np.zeros(B, bool), controls=controls,
-        )  # fmt: skip
+        inbox = empty_inbox(spec, shards)
         for shard in range(shards):
-            self._schedule_shard(shard, prefill, R // shards)
+            self._schedule_shard(shard, inbox.prefill, spec.prefill_rows // shards)
             for lane, stream in enumerate(self._slots[shard]):
                 if stream is not None:
-                    fill(decode, shard * (B // shards) + lane, stream)
-        return Inbox(prefill, decode)
+                    fill(inbox.decode, shard * (spec.num_slots // shards) + lane, stream)
+        return inbox
 
     def _schedule_shard(self, shard: int, prefill: Prefill, rows: int) -> None:
         """Give live streams pages for a burst, then waiting calls prefill rows and free slots, in order of arrival."""
@@ -325,6 +312,25 @@ class Decoder:
             arrays = jax.device_put((self.stops.table.copy(), self.stops.accepting.copy()), replicated)
             self._stops_on_device = (self.stops.version, arrays)
         return self._stops_on_device[1]
+
+
+def empty_inbox(spec: Spec, shards: int) -> Inbox:
+    """A round in which nothing is done, as numpy arrays to be filled."""
+    J, R, C = spec.prefill_chunks, spec.prefill_rows, spec.prefill_chunk
+    B, n, K = spec.num_slots, spec.pages_per_stream, spec.num_kept
+    prefill = Prefill(
+        tokens=np.zeros((J, R, C), np.int32), start=np.zeros((J, R), np.int32), count=np.zeros((J, R), np.int32),
+        table=np.zeros((J, R, n), np.int32), num_chunks=np.zeros(shards, np.int32),
+    )  # fmt: skip
+    controls = Controls(
+        np.ones(B, np.float32), np.zeros(B, np.int32), np.ones(B, np.float32), np.full((B, K), -1, np.int32)
+    )
+    decode = Decode(
+        token=np.zeros(B, np.int32), position=np.zeros(B, np.int32), limit=np.zeros(B, np.int32),
+        table=np.zeros((B, n), np.int32), stop_state=np.zeros(B, np.int32), stream=np.zeros(B, np.uint32),
+        once=np.zeros(B, bool), controls=controls,
+    )  # fmt: skip
+    return Inbox(prefill, decode)
 
 
 def fill(decode: Decode, row: int, stream: CachedStream) -> None:

@@ -69,7 +69,7 @@ def differentiate(
     batch, counts = prepared.batches["m"], prepared.counts["m"]
     chosen = np.zeros(batch.tokens.shape[0], np.float32)
     chosen[: packed.num_micro] = 1
-    gradient, sums = update._zeros(state.params), update._no_metrics(batch)
+    gradient, sums = update._zeros(state.params), update.no_metrics(batch)
     for index in range(packed.num_micro):
         gradient, sums = update.accumulate(
             state.params, gradient, sums, batch, counts, COEFFICIENTS, chosen, np.int32(index)

@@ -1,0 +1,215 @@
+"""A dry run: everything a training needs is opened, checked and compiled, nothing is allocated; and what it will take.
+
+Memory is predicted a device, from the shapes of what stays and what the compiler says of what each program needs for
+itself while it runs.
+"""
+
+import math
+import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from rlrag import config
+from rlrag.data.task import Task, open_task
+from rlrag.learner import Programs
+from rlrag.mesh import DATA, make_mesh, sharding
+from rlrag.model.architecture import Architecture
+from rlrag.model.parameters import map_leaves, num_parameters
+from rlrag.model.transformer import pack
+from rlrag.objectives.update import TrainState, Update
+from rlrag.packing import empty_batch
+from rlrag.recipes.recipe import Stage
+from rlrag.rollout import cache as kv
+from rlrag.rollout.advance import Spec, build_advance
+from rlrag.rollout.decoder import check, empty_inbox
+from rlrag.setup import acting_models, build_architecture, build_spec, build_stages, check_sizes
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a stage will take. parts: bytes a device of what stays; temporary: bytes a device that each program needs
+    while it runs, its gradients and batch included; compile_s: seconds, in parallel."""
+
+    stage: str
+    parameters: Mapping[str, int]  # by model
+    parts: Mapping[str, int]
+    temporary: Mapping[str, int]
+    compile_s: Mapping[str, float]
+    step_tokens: int  # at most: what the episodes of a step can hold
+    row_tokens: int  # columns of a batch's rows
+
+    @property
+    def peak(self) -> int:
+        return sum(self.parts.values()) + max(self.temporary.values())
+
+
+def dry_run(experiment: config.Experiment, directory: Path) -> list[Plan]:
+    """The plan of every stage that has steps. Raises ValueError, as training does, for what cannot work."""
+    config.check(experiment)
+    task = open_task(experiment, directory)
+    stages = build_stages(experiment, task)
+    mesh = make_mesh(experiment.mesh.data, experiment.mesh.model)
+    check_sizes(task, stages, mesh)
+    spec = build_spec(experiment, task)
+    check(spec, mesh.shape[DATA])
+    a = build_architecture(experiment, task)
+    with jax.set_mesh(mesh):
+        return [plan(experiment, task, stage, stages, a, spec, mesh) for stage in stages if stage.steps]
+
+
+def plan(
+    experiment: config.Experiment, task: Task, stage: Stage, stages: tuple[Stage, ...], a: Architecture, spec: Spec,
+    mesh: Mesh,
+) -> Plan:  # fmt: skip
+    programs = Programs(stage, a, mesh, spec.num_kept)
+    acting = acting_models(stages)
+    weights, cache = decode_weights(a, mesh), abstract_cache(a, spec, mesh)
+    lowered = lower_update(programs, stage, mesh)
+    lowered["advance"] = lower_advance(experiment, task, a, spec, mesh, weights, cache)
+    params = {name: abstract_params(own, mesh) for name, own in programs.architectures.items()}
+    states = {name: abstract_state(update, params[name]) for name, update in programs.updates.items()}
+    batch = abstract_batch(programs, stage, mesh)
+    gradients = max((size(params[name]) for name in states), default=0)
+    compiled, seconds = compile_all(lowered)
+    own = {name: program.memory_analysis().temp_size_in_bytes for name, program in compiled.items()}
+    batches = size(batch) * len(set(programs.reads.values()))
+    temporary = {
+        name: bytes_ + (0 if name == "advance" else batches) + (gradients if name.startswith(("acc", "app")) else 0)
+        for name, bytes_ in own.items()
+    }
+    return Plan(
+        stage=stage.name,
+        parameters={name: num_parameters(own) for name, own in programs.architectures.items()},
+        parts={
+            "weights": sum(map(size, params.values())),
+            "references": sum(size(params[name]) for name in programs.refers),
+            "optimizer": sum(size(state.opt_state) for state in states.values()),
+            "decode weights": size(weights) * len(acting),
+            "cache": size(cache) * len(acting),
+        },
+        temporary=temporary,
+        compile_s=seconds,
+        step_tokens=stage.settings.questions * stage.settings.group_size * task.workflow.max_tokens,
+        row_tokens=math.prod(batch.tokens.shape),
+    )
+
+
+# -- abstract values: shapes with shardings ---------------------------------------------------------------------------
+
+
+def size(tree: Any) -> int:
+    """Bytes on one device."""
+    leaves = jax.tree.leaves(tree)
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
+
+
+def placed(tree: Any, where: Any) -> Any:
+    """Shapes and types of a tree, laid out: where is one sharding, or a tree of them."""
+    if isinstance(where, NamedSharding):
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), tree)
+    return jax.tree.map(lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), tree, where)
+
+
+def abstract_params(a: Architecture, mesh: Mesh) -> Any:
+    dtype = jnp.dtype(a.param_dtype)
+    return map_leaves(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=sharding(mesh, leaf.axes, leaf.shape)), a
+    )
+
+
+def abstract_state(update: Update, params: Any) -> TrainState:
+    where = update.where()
+    opt_state = placed(jax.eval_shape(update.optimizer.init, params), where.opt_state)
+    return TrainState(params, opt_state, jax.ShapeDtypeStruct((), jnp.int32, sharding=where.step))  # type: ignore[arg-type]
+
+
+def abstract_batch(programs: Programs, stage: Stage, mesh: Mesh) -> Any:
+    rows = NamedSharding(mesh, PartitionSpec(None, DATA))
+    return placed(empty_batch(programs.shape(stage.settings.update.max_micro)), rows)
+
+
+def decode_weights(a: Architecture, mesh: Mesh) -> Any:
+    weights = jax.eval_shape(lambda params: pack(params, a), abstract_params(a, mesh))
+    return placed(weights, NamedSharding(mesh, PartitionSpec()))
+
+
+def abstract_cache(a: Architecture, spec: Spec, mesh: Mesh) -> Any:
+    cache = jax.eval_shape(lambda: kv.empty(a, spec.num_pages, spec.page_size))
+    return placed(cache, NamedSharding(mesh, PartitionSpec(None, DATA)))
+
+
+# -- lowering and compiling -------------------------------------------------------------------------------------------
+
+
+def lower_advance(experiment, task: Task, a: Architecture, spec: Spec, mesh: Mesh, weights, cache):
+    states = experiment.rollout.max_stop_states
+    stops, accepting = np.zeros((states, a.vocab_size), np.int16), np.zeros(states, bool)
+    advance = build_advance(spec, a, task.tokenizer.end_id, mesh)
+    return advance.lower(weights, cache, empty_inbox(spec, mesh.shape[DATA]), stops, accepting, jax.random.key(0))
+
+
+def lower_update(programs: Programs, stage: Stage, mesh: Mesh) -> dict[str, Any]:
+    """prepare, and accumulate and apply of each model that learns."""
+    batch = abstract_batch(programs, stage, mesh)
+    batches = dict.fromkeys(programs.reads.values(), batch)
+    params = {name: abstract_params(programs.architectures[name], mesh) for name in programs.updates}
+    references = {name: params[name] if name in programs.refers else None for name in params}
+    coefficients = {name: np.float32(c.value) for name, c in stage.recipe.coefficients.items()}
+    num_micro = dict.fromkeys(batches, np.int32(1))
+    lowered = {"prepare": programs.prepare.lower(params, references, batches, num_micro, coefficients)}
+    prepared = lowered["prepare"].out_info
+    replicated = NamedSharding(mesh, PartitionSpec())
+    chosen = np.zeros(batch.tokens.shape[0], np.float32)
+    for name, update in programs.updates.items():
+        counts = placed(prepared.counts[name], replicated)
+        sums = placed(update.no_metrics(batch), replicated)
+        suffix = "" if len(programs.updates) == 1 else f" {name}"
+        lowered[f"accumulate{suffix}"] = update.accumulate.lower(
+            params[name], params[name], sums, batch, counts, coefficients, chosen, np.int32(0)
+        )
+        lowered[f"apply{suffix}"] = update.apply.lower(abstract_state(update, params[name]), params[name])
+    return lowered
+
+
+def compile_all(lowered: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, float]]:
+    """The compiled programs, and seconds of each; they are compiled side by side."""
+
+    def one(program: Any) -> tuple[Any, float]:
+        begin = time.perf_counter()
+        return program.compile(), time.perf_counter() - begin
+
+    with ThreadPoolExecutor() as threads:
+        done = dict(zip(lowered, threads.map(one, lowered.values()), strict=True))
+    return {name: program for name, (program, _) in done.items()}, {name: s for name, (_, s) in done.items()}
+
+
+# -- in words ---------------------------------------------------------------------------------------------------------
+
+
+def mebibytes(count: int) -> str:
+    return f"{count / 2**20:10,.1f} MiB"
+
+
+def describe(plans: list[Plan]) -> str:
+    """A table for each stage."""
+    lines = ["configuration, data, tokenizer, retriever, mesh and shapes fit together; every program compiles"]
+    for each in plans:
+        models = ", ".join(f"{name} {count:,}" for name, count in each.parameters.items())
+        lines += ["", f"{each.stage}, parameters: {models}"]
+        lines += [f"  {name:<16}{mebibytes(count)}" for name, count in each.parts.items() if count]
+        largest = max(each.temporary, key=lambda name: each.temporary[name])
+        told = f"(gradients, batch and temporaries of {largest})"
+        lines += [f"  {'activations':<16}{mebibytes(each.temporary[largest])}  {told}"]
+        lines += [f"  {'peak a device':<16}{mebibytes(each.peak)}"]
+        lines += [f"  tokens a step   {each.step_tokens:10,} at most; its rows hold {each.row_tokens:,}"]
+        compiled = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in each.compile_s.items())
+        lines += [f"  compiled: {compiled}"]
+    return "\n".join(lines)
