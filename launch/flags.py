@@ -49,6 +49,7 @@ def run(
     argv = list(sys.argv if argv is None else argv)
     be_quiet()
     try:
+        argv = [with_main_field(argument) for argument in argv]
         values = parse(argv, define, required)
         if values.help:
             print(describe(values, doc))
@@ -159,6 +160,20 @@ def define_config(values: flags.FlagValues, argv: Sequence[str]) -> None:
         "config", None, f"Experiment, as in {EXAMPLE}; --config.FIELD=VALUE changes a field (rlrag/config.py).",
         flag_values=values, sys_argv=list(argv),
     )  # fmt: skip
+
+
+def with_main_field(argument: str) -> str:
+    """--config.data=FILE with the field that stands for the whole part: --config.data.train=FILE."""
+    found = re.match(r"(--?config\.)([\w.]+)(=.*)", argument, re.DOTALL)
+    if found is None:
+        return argument
+    from rlrag.config import Experiment  # late: other programs need it not
+
+    part: Any = Experiment()
+    for name in found[2].split("."):
+        part = getattr(part, name, None)
+    main = getattr(part, "MAIN", None)
+    return f"{found[1]}{found[2]}.{main}{found[3]}" if main else argument
 
 
 def config_of(argv: Sequence[str]) -> str | None:

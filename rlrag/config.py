@@ -7,7 +7,7 @@ import dataclasses
 import json
 import math
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from rlrag.model.architecture import Architecture
 
@@ -22,7 +22,12 @@ class Mesh:
 
 @dataclass
 class Data:
-    """Where questions come from: a file in a known format, `tfds:NAME?split=...&dir=...`, or `world:NAME?...`."""
+    """Where questions come from: a file in a known format, `tfds:NAME?split=...&dir=...`, or `world:NAME?...`.
+
+    validation and test empty: cut from train (rlrag/data/own.py). --config.data=FILE is --config.data.train=FILE.
+    """
+
+    MAIN: ClassVar[str] = "train"
 
     train: str = "world:multihop?split=train&seed=0&n=1000000"
     validation: str = "world:multihop?split=validation&seed=0&n=256"
@@ -43,7 +48,7 @@ class Tokenizer:
 class Retriever:
     """What answers searches."""
 
-    kind: str = "world"  # "world": each question's own passages; "bm25": a corpus
+    kind: str = "world"  # "world": each question's own passages; "bm25": a corpus; "none": nothing is searched
     corpus: str = ""  # JSONL of {id, contents} or {id, title, text}, .gz allowed
     passage_words: int = 0  # first words of a passage that a search returns; 0: all. All of it is searched
     cache_size: int = 65536  # queries remembered
@@ -178,9 +183,12 @@ class Stage:
 
 @dataclass
 class Reward:
-    """What an episode is paid."""
+    """What an episode is paid. --config.reward=module:function is --config.reward.function=module:function."""
 
-    metric: str = "em"  # em | f1 | contains | search_r1 (Search-R1's rule of answer and format)
+    MAIN: ClassVar[str] = "function"
+    function: str = ""  # your own: module:function or file.py:function (rlrag/rewards/own.py); it replaces the metric
+    # em | f1 | contains | search_r1 (Search-R1's rule of answer and format) | gsm8k ("#### N") | number (the last one)
+    metric: str = "em"
     format: float = 0.0  # added for a well-formed episode
     overlong: float = 0.0  # taken at most from an episode that comes near the longest allowed (DAPO)
     overlong_tokens: int = 16  # over which that grows
@@ -210,6 +218,8 @@ class Experiment:
     seed: int = 0
     steps: int = 200
     recipe: str = "rlrag.recipes.search_grpo:build"  # module:function from (Experiment, Task) to stages
+    workflow: str = ""  # your own: module:function from (Tokenizer, Agent) to a workflow; empty: what the data suggest
+    wandb: str = ""  # project of Weights & Biases that metrics go to as well; empty: none
     warm_start: str = ""  # workdir of a run whose newest policy begins the main stage, in place of a warm-up
     checkpoint_every: int = 50  # steps; the end of a stage is saved too
     best_metric: str = "em"  # of validation: its best parameters are kept in DIR/best
@@ -244,7 +254,7 @@ AT_LEAST_1 = {
 }
 AT_MOST_1 = {Sampling: "top_p", Optimizer: "b1 b2 final_fraction", Credit: "gamma lam", Loss: "clip_low"}
 ABOVE_0 = {Sampling: "top_p", Optimizer: "learning_rate clip_norm", Retriever: "deadline_s"}
-EVALUATED = ("em", "f1", "answered", "recall")
+EVALUATED = ("em", "f1", "reward", "answered", "recall")
 CHOICES = {
     Optimizer: {"schedule": ("constant", "cosine", "linear")},
     Credit: {"kind": ("group", "leave_one_out", "returns", "gae", "rejection")},
@@ -256,8 +266,8 @@ CHOICES = {
         "importance": ("none", "token", "sequence"),
         "critic": ("", "trunk", "separate"),
     },
-    Retriever: {"kind": ("world", "bm25")},
-    Reward: {"metric": ("em", "f1", "contains", "search_r1")},
+    Retriever: {"kind": ("world", "bm25", "none")},
+    Reward: {"metric": ("em", "f1", "contains", "search_r1", "gsm8k", "number")},
     Stage: {"until_metric": ("", *EVALUATED)},
     Experiment: {"best_metric": EVALUATED},
 }
@@ -360,7 +370,12 @@ def check_sampling(rollout: Rollout) -> None:
 
 
 def to_dict(experiment: Experiment) -> dict[str, Any]:
-    return dataclasses.asdict(experiment)
+    """Plain values; a function that stands in place of its name is written as module:function."""
+
+    def plain(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        return {k: f"{v.__module__}:{v.__qualname__}" if callable(v) else v for k, v in items}
+
+    return dataclasses.asdict(experiment, dict_factory=plain)
 
 
 def to_json(experiment: Experiment) -> str:

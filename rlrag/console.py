@@ -89,7 +89,9 @@ def headline(values: Mapping[str, float]) -> dict[str, str]:
     """The numbers of a step that are worth watching."""
     shown = {}
     if "rollout/tokens_per_s" in values:
-        shown |= {"reward": f"{values['reward']:.3f}", "EM": f"{values['em']:.3f}"}
+        shown["reward"] = f"{values['reward']:.3f}"
+        if "em" in values:
+            shown["EM"] = f"{values['em']:.3f}"
         shown |= {"tokens/s": f"{values['rollout/tokens_per_s']:,.0f}", "searches": f"{values['searches']:.2f}"}
     elif "loss/nll" in values:
         shown["nll"] = f"{values['loss/nll']:.3f}"

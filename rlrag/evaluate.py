@@ -20,6 +20,7 @@ from rlrag.model.transformer import DecodeWeights, pack
 from rlrag.recipes.recipe import Recipe
 from rlrag.retrieval.client import Index
 from rlrag.rewards.answer import exact_match, f1
+from rlrag.rewards.paid import Paid
 from rlrag.rollout.engine import Engine, Play
 from rlrag.setup import acting_models, build_architecture, build_engine, build_stages
 from rlrag.trajectory import Example, Group, Trajectory
@@ -44,7 +45,8 @@ def evaluate(
     rows, trajectories = [], []
     for group in engine.run(weights, examples, play, jax.random.key(seed)):
         trajectories.append(group.trajectories[0])
-        rows.append(row(group.trajectories[0]))
+        (paid,) = recipe.reward(group)
+        rows.append(row(group.trajectories[0]) | {"reward": total_reward(paid)})
         progress(rows[-1], group)
     assert engine.searcher is not None
     return [r | found for r, found in zip(rows, search_recall(trajectories, engine.searcher), strict=True)]
@@ -147,8 +149,8 @@ def row(trajectory: Trajectory) -> dict[str, Any]:
         "question": example.question,
         "answers": list(example.answers),
         "prediction": answer,
-        "em": exact_match(answer, example.answers),
-        "f1": f1(answer, example.answers),
+        "em": exact_match(answer, example.answers) if example.answers else 0.0,
+        "f1": f1(answer, example.answers) if example.answers else 0.0,
         "searches": trajectory.num_searches,
         "tokens": trajectory.num_sampled,
         "hops": example.hops,
@@ -205,6 +207,9 @@ def summarize(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "tokens": float(np.mean([r["tokens"] for r in rows])),
         "answered": float(np.mean([r["prediction"] is not None for r in rows])),
     }
+    if rows and "reward" in rows[0]:
+        rewards = np.array([r["reward"] for r in rows], float)
+        summary |= {"reward": float(rewards.mean()), "reward_interval": interval(rewards)}
     for name in ("recall", *(f"recall@{k}" for k in RECALL_AT)):
         recalls = [r[name] for r in rows if r.get(name) is not None]
         if recalls:
@@ -239,5 +244,10 @@ def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 def mean_reward(groups: Sequence[Group], paid) -> float:
     """Mean of the summed rewards of an episode's first call."""
-    totals = [sum(values[0] for values in p.per_call.values()) for group in paid for p in group]
+    totals = [total_reward(p) for group in paid for p in group]
     return float(np.mean(totals)) if totals else 0.0
+
+
+def total_reward(paid: Paid) -> float:
+    """What the first call is paid in all; 0 where nothing is."""
+    return float(np.nansum([values[0] for values in paid.per_call.values() if values]))

@@ -4,6 +4,7 @@ A mean is carried as (total, count) and divided once at the end, so that micro-b
 nothing.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -102,10 +103,12 @@ class Writer:
     drops the rows of steps that will be played again: none is lost, none doubled.
     """
 
-    def __init__(self, directory: Path, purge_step: int | None = None):
-        """purge_step: TensorBoard forgets what earlier sessions wrote for this global step and later ones."""
+    def __init__(self, directory: Path, purge_step: int | None = None, wandb_project: str = "", name: str = ""):
+        """purge_step: TensorBoard forgets what earlier sessions wrote for this global step and later ones.
+        wandb_project: metrics go to a run of that Weights & Biases project too, called `name`; one run a directory."""
         from tensorboardX import SummaryWriter  # imports slowly; only runs need it
 
+        self._wandb = open_wandb(wandb_project, name, directory) if wandb_project else None
         self.path = directory / "metrics.jsonl"
         self._file = self.path.open("a")
         # Its own thread: Ctrl-C interrupts the main one, and a writer interrupted within its queue never closes.
@@ -126,11 +129,27 @@ class Writer:
     def _write_events(self, stage: str, global_step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
             self._events.add_scalar(f"{stage}/{name}", value, global_step)
+        if self._wandb is not None:
+            self._wandb.log({f"{stage}/{name}": value for name, value in values.items()}, step=global_step)
 
     def close(self) -> None:
         self._file.close()
         self._thread.submit(self._events.close).result()
         self._thread.shutdown()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def open_wandb(project: str, name: str, directory: Path) -> Any:
+    """A Weights & Biases run that the same directory goes on with. Its own settings (WANDB_MODE=offline, ...) hold."""
+    try:
+        import wandb  # type: ignore[import-not-found]  # an optional extra
+    except ImportError:
+        raise ValueError(
+            f"wandb is {project!r}, but the package is not installed: pip install 'rlrag[wandb]', or leave wandb empty"
+        ) from None
+    identity = hashlib.sha256(str(directory.resolve()).encode()).hexdigest()[:16]
+    return wandb.init(project=project, name=name, dir=str(directory), id=identity, resume="allow")
 
 
 def rewind(path: Path, rows: int) -> None:

@@ -28,7 +28,9 @@ def describe(result: Mapping[str, Any]) -> list[str]:
         if name in result:
             score = result[name]
             low, high = score["em_interval"]
-            numbers = [f"EM {score['em']:.3f} [{low:.3f}, {high:.3f}]", f"F1 {score['f1']:.3f}", *bounds]
+            paid = score.get("reward", score["em"])
+            numbers = [] if paid == score["em"] else [f"reward {paid:.3f}"]
+            numbers += [f"EM {score['em']:.3f} [{low:.3f}, {high:.3f}]", f"F1 {score['f1']:.3f}", *bounds]
             numbers.append(
                 f"{score['searches']:.2f} searches" + (f" for {score['hops']:.2f} hops" if "hops" in score else "")
             )

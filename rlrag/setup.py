@@ -1,7 +1,6 @@
 """What training and evaluation are both made of: the stages of a recipe, the engine that plays them, the shape of the
 model they play with, each built from an experiment and its task."""
 
-import importlib
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -9,6 +8,7 @@ import jax
 
 from rlrag import config
 from rlrag.data.task import Task
+from rlrag.loading import load_function
 from rlrag.mesh import DATA
 from rlrag.model.architecture import Architecture
 from rlrag.recipes.recipe import WARM_UP, Stage
@@ -20,14 +20,7 @@ from rlrag.rollout.engine import Engine
 
 def build_stages(experiment: config.Experiment, task: Task) -> tuple[Stage, ...]:
     """The stages of the recipe an experiment names as module:function."""
-    module, _, function = experiment.recipe.partition(":")
-    try:
-        build = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(
-            f"recipe is {experiment.recipe!r}, which cannot be loaded ({error}): name module:function"
-        ) from None
-    stages = build(experiment, task)
+    stages = load_function("recipe", experiment.recipe)(experiment, task)
     if experiment.warm_start:  # its place is kept, so that the later stages draw what they draw without one
         stages = tuple(stage._replace(steps=0) if stage.name == WARM_UP else stage for stage in stages)
     return stages

@@ -120,7 +120,7 @@ def set_up(experiment: config.Experiment, directory: Path, mesh: jax.sharding.Me
     say(f"{experiment.name}: {num_parameters(a):,} parameters, {device()}, JAX {jax.__version__}, {directory}")
     if saved is not None:
         say(f"going on from step {meta['step']} of stage {stages[meta['stage']].name}")
-    writer = Writer(directory, purge_step=(saved or 0) + 1)
+    writer = Writer(directory, (saved or 0) + 1, experiment.wandb, experiment.name)
     best = Checkpoints(directory / "best", keep=1)
     log = EpisodeLog(directory, task.tokenizer.token_bytes())
     return Run(
@@ -203,7 +203,9 @@ def play(run: Run, learner: Learner, number: int) -> None:
             if every and step % every == 0:
                 collector.settle()
                 values |= validate(run, learner, number, step)
-            values["alarms"] = raise_alarms(run, watchman.look(step, values), stage.name)
+            # Demonstrations are what they are: of them only the update is watched.
+            watched = values if stage.demonstrate is None else {name: values[name] for name in ("grad_norm", "skipped")}
+            values["alarms"] = raise_alarms(run, watchman.look(step, watched), stage.name)
             run.writer.write(stage.name, step, run.global_step(number, step), values)
             progress.show(**headline(values))
             if reached(stage.settings, values):

@@ -31,7 +31,7 @@ RULES = {
     "rlrag.config": Rule("rlrag.model.architecture", "numpy"),  # plain data, imports no JAX
     "rlrag.batch": Rule("", "jax numpy flax.struct"),
     "rlrag.mesh": Rule("", "jax numpy flax.struct"),
-    "rlrag.metrics": Rule("", "jax numpy flax.struct rich tensorboardX"),
+    "rlrag.metrics": Rule("", "jax numpy flax.struct rich tensorboardX wandb"),
     "rlrag.packing": Rule("rlrag.batch rlrag.trajectory rlrag.rewards.paid", "jax numpy"),
     # Arrays: no text.
     "rlrag.model": Rule("rlrag.model kernels rlrag.batch rlrag.mesh", "jax numpy flax"),
@@ -52,12 +52,16 @@ RULES = {
     "rlrag.data": Rule(
         "rlrag.data rlrag.trajectory rlrag.agents", "numpy grain tensorflow_datasets array_record pyarrow"
     ),
-    "rlrag.data.task": Rule("rlrag.data rlrag.trajectory rlrag.agents rlrag.config rlrag.retrieval", "numpy"),
+    "rlrag.data.task": Rule(
+        "rlrag.data rlrag.trajectory rlrag.agents rlrag.config rlrag.retrieval rlrag.loading", "numpy"
+    ),
+    "rlrag.data.own": Rule("rlrag.data rlrag.trajectory rlrag.agents rlrag.config", "numpy"),
     "rlrag.data.text": Rule("rlrag.data rlrag.trajectory rlrag.agents rlrag.config rlrag.retrieval", "numpy"),
     "rlrag.data.worlds": Rule("rlrag.data rlrag.trajectory rlrag.agents", "numpy"),
     # What brings them together.
     "rlrag.recipes": Rule(
-        "rlrag.recipes rlrag.agents rlrag.rewards rlrag.objectives rlrag.trajectory rlrag.config rlrag.data.task",
+        "rlrag.recipes rlrag.agents rlrag.rewards rlrag.objectives rlrag.trajectory rlrag.config rlrag.data.task "
+        "rlrag.loading",
         "numpy",
     ),
     "rlrag.console": Rule("", "rich"),
@@ -71,6 +75,7 @@ RULES = {
     "rlrag.results": Rule("rlrag.study rlrag.statistics", "numpy matplotlib"),
     "rlrag.episodes": Rule("rlrag.trajectory rlrag.rewards.paid", "numpy"),
     "rlrag.view": Rule("rlrag.workdir", ""),
+    "rlrag.loading": Rule("", ""),
     "rlrag.records": Rule("", "numpy"),
     "rlrag.watch": Rule("rlrag.config", ""),
     "rlrag.signals": Rule("", ""),

@@ -1,5 +1,7 @@
 import json
 import struct
+import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -106,3 +108,34 @@ def test_tensorboard_reads_what_was_written(tmp_path):
     assert scalars == [(7, "main/reward", 0.25), (7, "main/rollout/tokens_per_s", 1e4), (8, "warm_up/loss/nll", 1.5)]
     starts = [e.step for e in written if e.HasField("session_log")]
     assert starts == [7], "what earlier sessions wrote for step 7 and later is forgotten"
+
+
+def test_metrics_go_to_weights_and_biases_too(tmp_path, monkeypatch):
+    """A stub in the package's place: one run a directory, which a later session goes on with."""
+    calls = []
+
+    class Run:
+        def log(self, values, step):
+            calls.append(("log", values, step))
+
+        def finish(self):
+            calls.append(("finish",))
+
+    stub = types.ModuleType("wandb")
+    stub.init = lambda **options: calls.append(("init", options)) or Run()
+    monkeypatch.setitem(sys.modules, "wandb", stub)
+    for step in (1, 2):
+        writer = Writer(tmp_path, wandb_project="search", name="demo")
+        writer.write("main", step, 10 + step, {"reward": 0.5})
+        writer.close()
+    first, second = (options for kind, *rest in calls if kind == "init" for options in rest)
+    assert first == second
+    assert (first["project"], first["name"], first["resume"]) == ("search", "demo", "allow")
+    assert [c for c in calls if c[0] == "log"] == [("log", {"main/reward": 0.5}, 10 + step) for step in (1, 2)]
+    assert calls[-1] == ("finish",)
+
+
+def test_a_package_that_is_missing_is_told(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ValueError, match=r"wandb is 'search', but the package is not installed: pip install"):
+        Writer(tmp_path, wandb_project="search")

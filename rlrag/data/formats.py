@@ -8,7 +8,10 @@
     nq_open           NQ-open JSONL
     pooled            questions of a pooled corpus, with gold_ids
     search_r1         Search-R1 / verl parquet
-    jsonl             {"question", "answers" or "answer"}, and where known "id", "hops", "gold", "scope"
+    jsonl             {"question", "answers" or "answer"}, and where known "id", "hops", "gold", "scope", "solution"
+    gsm8k             {"question", "answer": "reasoning #### number"}; the whole answer is kept as fields["solution"]
+    chat              {"messages": [{"role", "content"}]}: the last user message asks, a reply to it is the solution
+    prompt            {"prompt"}, and "answers", "answer" or "solution" where known
 
 Fields that no part of an Example takes are kept by name in `Example.fields`; paragraphs that come with a question are
 kept there as `fields["paragraphs"]`, a list of Passages whose ids are those of a pooled corpus (`passage_id`).
@@ -16,6 +19,7 @@ kept there as `fields["paragraphs"]`, a list of Passages whose ids are those of 
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from rlrag.trajectory import Example, Passage
@@ -47,6 +51,12 @@ def detect_format(row: Row) -> str:
         return "bamboogle"
     if "gold_ids" in row:
         return "pooled"
+    if "messages" in row:
+        return "chat"
+    if "prompt" in row:
+        return "prompt"
+    if isinstance(row.get("question"), str) and "#### " in str(row.get("answer")):
+        return "gsm8k"
     if "question" in row and any(name in row for name in _ANSWER_FIELDS):
         return "nq_open" if set(row) == {"question", "answer"} and isinstance(row["answer"], list) else "jsonl"
     names = ", ".join(str(name) for name in list(row)[:8]) + (", ..." if len(row) > 8 else "")
@@ -191,6 +201,38 @@ def _plain(row: Row, default_id: str) -> Example:
     )
 
 
+def _gsm8k(row: Row, default_id: str) -> Example:
+    solution = _need(row, "answer", str)
+    number = solution.rpartition("####")[2].strip().replace(",", "")
+    rest = {name: value for name, value in row.items() if name not in ("question", "answer")}
+    return _example(
+        rest | {"solution": solution}, default_id, question=_need(row, "question", str), answers=number, used=()
+    )
+
+
+def _chat(row: Row, default_id: str) -> Example:
+    messages = _need(row, "messages", list)
+    try:
+        asked = [n for n, m in enumerate(messages) if m["role"] == "user"][-1]
+        question = messages[asked]["content"]
+        replies = [m["content"] for m in messages[asked + 1 :] if m["role"] == "assistant"]
+    except (TypeError, KeyError, IndexError):
+        raise ValueError("field 'messages' holds no user message; give a list of {role, content}") from None
+    return _free({**row, "question": question} | ({"solution": replies[0]} if replies else {}), default_id, "messages")
+
+
+def _prompt(row: Row, default_id: str) -> Example:
+    return _free({**row, "question": _need(row, "prompt", str)}, default_id, "prompt")
+
+
+def _free(row: Row, default_id: str, used: str) -> Example:
+    """A row whose answers may be unknown: its reward is then the user's own."""
+    name = next((name for name in _ANSWER_FIELDS if name in row), None)
+    fields = {key: value for key, value in row.items() if key not in (used, "question", name)}
+    example = _example(fields, default_id, question=row["question"], answers=row[name] if name else "-", used=())
+    return example if name else replace(example, answers=())
+
+
 PARSERS: dict[str, Callable[[Row, str], Example]] = {
     "hotpotqa": _hotpotqa,
     "2wikimultihopqa": _two_wiki,
@@ -201,6 +243,9 @@ PARSERS: dict[str, Callable[[Row, str], Example]] = {
     "pooled": _plain,
     "search_r1": _search_r1,
     "jsonl": _plain,
+    "gsm8k": _gsm8k,
+    "chat": _chat,
+    "prompt": _prompt,
 }
 
 

@@ -10,15 +10,24 @@ import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 from urllib.parse import parse_qsl
 
-from rlrag.agents.search import SearchAgent
 from rlrag.agents.tokenizer import Tokenizer
-from rlrag.agents.workflow import Script, drive
+from rlrag.agents.workflow import Mode, Script, Steps, drive
 from rlrag.config import Agent, Data, Experiment
+from rlrag.loading import load_function
 from rlrag.retrieval.client import Index
 from rlrag.trajectory import Example, Trajectory
+
+
+class LimitedWorkflow(Protocol):
+    """A workflow that says how long its streams can be."""
+
+    @property
+    def max_tokens(self) -> int: ...
+
+    def __call__(self, example: Example, mode: Mode) -> Steps: ...
 
 
 @dataclass(frozen=True)
@@ -27,7 +36,7 @@ class Task:
     ("oracle", "random") whose scores frame every result, empty where none is known."""
 
     tokenizer: Tokenizer
-    workflow: SearchAgent
+    workflow: LimitedWorkflow
     index: Index
     train: Sequence[Example]
     validation: Sequence[Example]
@@ -42,14 +51,38 @@ def open_task(experiment: Experiment, workdir: Path | None = None) -> Task:
     data = experiment.data
     specs = {"data.train": data.train, "data.validation": data.validation, "data.test": data.test}
     of_world = {spec.partition(":")[0] == "world" for spec in specs.values()}
-    if of_world == {True}:
-        return open_world_task(experiment)
     if of_world == {True, False}:
         listed = ", ".join(f"{name} is {spec!r}" for name, spec in specs.items())
         raise ValueError(f"{listed}: take all from a world, or all from files")
-    from rlrag.data.text import open_text_task  # reads corpora and trains tokenizers; worlds need neither
+    if of_world == {True}:
+        task = open_world_task(experiment)
+    elif experiment.retriever.kind == "none":
+        from rlrag.data.own import open_own_task
 
-    return open_text_task(experiment, workdir)
+        task = open_own_task(experiment, workdir)
+    else:
+        from rlrag.data.text import open_text_task  # reads corpora and trains tokenizers; worlds need neither
+
+        task = open_text_task(experiment, workdir)
+    if experiment.workflow:
+        task = dataclasses.replace(task, workflow=own_workflow(experiment, task), demonstrate=None, bounds={})
+    if experiment.warm_up.steps and not experiment.warm_start and task.demonstrate is None:
+        raise ValueError(
+            f"warm_up.steps is {experiment.warm_up.steps}, but nothing demonstrates this task (its rows bring no "
+            "solution, or the workflow is your own): give --config.warm_up.steps=0"
+        )
+    return task
+
+
+def own_workflow(experiment: Experiment, task: Task) -> Any:
+    """The user's workflow: function(tokenizer, agent settings) -> workflow with the attribute max_tokens."""
+    workflow = load_function("workflow", experiment.workflow)(task.tokenizer, experiment.agent)
+    if not callable(workflow) or not isinstance(getattr(workflow, "max_tokens", None), int):
+        raise ValueError(
+            f"workflow {experiment.workflow!r} gave a {type(workflow).__name__}: give a callable (example, mode) -> "
+            "generator with an attribute max_tokens, the longest a stream can be, for which the cache keeps room"
+        )
+    return workflow
 
 
 def parse_world(spec: str) -> tuple[Any, dict[str, Any]]:

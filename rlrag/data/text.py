@@ -34,7 +34,7 @@ def open_text_task(experiment: Experiment, workdir: Path | None = None) -> Task:
     Raises ValueError, naming the field and the remedy, for what is missing or does not fit.
     """
     passages = read_passages(experiment)
-    tokenizer = open_tokenizer(experiment, passages, workdir)
+    tokenizer = open_tokenizer(experiment, corpus_texts(passages), workdir)
     tokenizer.pad_to(experiment.model.vocab_size)  # before the agent reads the vocabulary
     agent = SearchAgent(tokenizer, **agent_changes(experiment.agent))
     index = Openings(Bm25Index(passages), experiment.retriever.passage_words)
@@ -90,9 +90,13 @@ def read_passages(experiment: Experiment) -> list[Passage]:
     return list(read_corpus(retriever.corpus))
 
 
-def open_tokenizer(experiment: Experiment, passages: Sequence[Passage], workdir: Path | None = None) -> Tokenizer:
+def corpus_texts(passages: Sequence[Passage]) -> list[str]:
+    return [f"{passage.title}\n{passage.text}" for passage in passages]
+
+
+def open_tokenizer(experiment: Experiment, texts: Sequence[str], workdir: Path | None = None) -> Tokenizer:
     """The tokenizer of `tokenizer.path`; else the one kept in `tokenizer.cache` or in the run's directory; else one
-    trained on the corpus, which is then kept there.
+    trained on the texts (of a corpus, of a task's rows), which is then kept there.
 
     Raises ValueError where the kept one was trained on something else.
     """
@@ -101,7 +105,7 @@ def open_tokenizer(experiment: Experiment, passages: Sequence[Passage], workdir:
         return Tokenizer.load(settings.path)
     size, tags = settings.train_vocab_size, Tags().strings
     folder = Path(settings.cache) if settings.cache else workdir and workdir / "tokenizer"
-    trained_on = {"sha256": _digest(passages), "vocab_size": size, "special": list(tags)}
+    trained_on = {"sha256": _digest(texts), "vocab_size": size, "special": list(tags)}
     kept = json.loads((folder / TRAINED_ON).read_text()) if folder and (folder / TRAINED_ON).is_file() else None
     if folder and kept is not None:
         if kept == trained_on:
@@ -109,18 +113,18 @@ def open_tokenizer(experiment: Experiment, passages: Sequence[Passage], workdir:
         if settings.cache or any((folder.parent / "checkpoints").glob("*")):  # else nothing was learned with it yet
             different = ", ".join(name for name in trained_on if kept.get(name) != trained_on[name])
             raise ValueError(
-                f"{folder} holds a tokenizer trained on another corpus or size ({different} differ): remove it, choose "
-                "another place with --config.tokenizer.cache=DIR, or use it with --config.tokenizer.path"
+                f"{folder} holds a tokenizer trained on other texts or another size ({different} differ): remove it, "
+                "choose another place with --config.tokenizer.cache=DIR, or use it with --config.tokenizer.path"
             )
-    tokenizer = train_bpe((f"{passage.title}\n{passage.text}" for passage in passages), size, special=tags)
+    tokenizer = train_bpe(iter(texts), size, special=tags)
     if folder:
         tokenizer.save(folder)
         (folder / TRAINED_ON).write_text(json.dumps(trained_on) + "\n")  # last: it says that the folder is whole
     return tokenizer
 
 
-def _digest(passages: Sequence[Passage]) -> str:
+def _digest(texts: Sequence[str]) -> str:
     total = hashlib.sha256()
-    for passage in passages:
-        total.update(f"{passage.title}\0{passage.text}\0".encode())
+    for text in texts:
+        total.update(f"{text}\0".encode())
     return total.hexdigest()

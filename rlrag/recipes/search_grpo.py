@@ -9,12 +9,15 @@ from rlrag import config
 from rlrag.agents.workflow import Role, Sampling
 from rlrag.config import Experiment
 from rlrag.data.task import Task
+from rlrag.loading import load_function
 from rlrag.objectives import credit, losses
 from rlrag.recipes.algorithm import rewards_differ, with_algorithm
 from rlrag.recipes.recipe import POLICY, WARM_UP, Learn, Recipe, Stage
 from rlrag.rewards.answer import answer_reward
 from rlrag.rewards.format import format_reward, search_r1_reward
 from rlrag.rewards.length import overlong_reward
+from rlrag.rewards.number import number_reward
+from rlrag.rewards.own import own_reward
 from rlrag.rewards.paid import Reward, combined
 
 
@@ -57,11 +60,18 @@ def recipe(experiment: Experiment, task: Task) -> Recipe:
 
 def outcome_reward(settings: config.Reward, max_tokens: int) -> tuple[Reward, tuple[str, ...]]:
     """What an episode is paid, and the names of its parts. max_tokens: the longest an episode can be."""
-    parts, names = answer_part(settings)
+    parts, names = own_part(settings) if settings.function else answer_part(settings)
     if settings.overlong:
         parts.append((overlong_reward(max_tokens, settings.overlong_tokens), settings.overlong))
         names.append("overlong")
     return combined(*parts), tuple(names)
+
+
+def own_part(settings: config.Reward) -> tuple[list[tuple[Reward, float]], list[str]]:
+    """The user's function alone."""
+    if settings.format:
+        raise ValueError(f"reward.format is {settings.format}, but reward.function replaces it: give one of the two")
+    return [(own_reward(load_function("reward.function", settings.function)), 1.0)], ["reward"]
 
 
 def answer_part(settings: config.Reward) -> tuple[list[tuple[Reward, float]], list[str]]:
@@ -72,6 +82,8 @@ def answer_part(settings: config.Reward) -> tuple[list[tuple[Reward, float]], li
                 f"reward.format is {settings.format}: reward.metric=search_r1 has its own format rule, give 0"
             )
         return [(search_r1_reward(), 1.0), (answer_reward(), 0.0)], ["score"]  # EM and F1 for the record
+    if settings.metric in ("gsm8k", "number"):
+        return [(number_reward(lenient=settings.metric == "number"), 1.0)], ["answer"]
     answer = answer_reward(settings.metric)  # type: ignore[arg-type]  # checked there
     # A format that earns nothing is still counted: how often the protocol is kept.
     parts = [(answer, 1.0), (format_reward(), settings.format)]

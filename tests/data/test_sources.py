@@ -415,3 +415,31 @@ def test_records_hold_everything():
     assert json.loads(record["fields_json"])["paragraphs"][0]["title"] == "Marn"
     assert to_record(Example("1", "q?", ("a",)))["hops"] == -1
     assert "bamboogle" in PARSERS
+
+
+@pytest.mark.parametrize(
+    ("row", "question", "answers", "solution"),
+    [
+        ({"question": "2+2?", "answer": "so\n#### 1,004"}, "2+2?", ("1004",), "so\n#### 1,004"),
+        ({"prompt": "write"}, "write", (), None),
+        ({"prompt": "add", "answer": 4, "solution": "4"}, "add", ("4",), "4"),
+        (
+            {"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "hi"},
+                          {"role": "assistant", "content": "ho"}]},
+            "hi", (), "ho",
+        ),
+    ],
+)  # fmt: skip
+def test_rows_of_a_users_own_task(tmp_path, row, question, answers, solution):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(row | {"level": 3}) + "\n")
+    (example,) = load_examples(path)
+    assert (example.question, example.answers, example.fields.get("solution")) == (question, answers, solution)
+    assert example.fields["level"] == 3
+
+
+def test_a_chat_without_a_question_is_told(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"messages": [{"role": "system", "content": "s"}]}) + "\n")
+    with pytest.raises(ValueError, match=r"line 1: .*holds no user message; give a list of"):
+        load_examples(path)

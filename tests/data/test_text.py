@@ -3,7 +3,7 @@ import pytest
 from rlrag.agents.tags import Tags
 from rlrag.config import Agent, Data, Experiment, Retriever, Tokenizer
 from rlrag.data.task import open_task
-from rlrag.data.text import Openings, open_text_task, open_tokenizer, read_passages
+from rlrag.data.text import Openings, corpus_texts, open_text_task, open_tokenizer, read_passages
 from rlrag.evaluate import play_script, summarize
 from rlrag.retrieval.index import Bm25Index
 from tests.films import write_films
@@ -63,7 +63,7 @@ def test_every_tag_is_one_token_and_every_text_can_be_spelled(experiment):
 
 
 def test_a_run_keeps_its_tokenizer_and_training_it_again_gives_the_same(experiment, tmp_path):
-    passages = read_passages(experiment)
+    passages = corpus_texts(read_passages(experiment))
     first = open_tokenizer(experiment, passages, tmp_path / "run")
     assert (tmp_path / "run" / "tokenizer" / "tokenizer.json").is_file()
     kept, again = open_tokenizer(experiment, passages, tmp_path / "run"), open_tokenizer(experiment, passages)
@@ -73,12 +73,12 @@ def test_a_run_keeps_its_tokenizer_and_training_it_again_gives_the_same(experime
 
 
 def test_a_kept_tokenizer_of_something_else(experiment, tmp_path):
-    passages = read_passages(experiment)
+    passages = corpus_texts(read_passages(experiment))
     open_tokenizer(experiment, passages, tmp_path)
     experiment.tokenizer.train_vocab_size = 300
     assert open_tokenizer(experiment, passages, tmp_path).vocab_size == 300, "nothing was learned with the old one"
     (tmp_path / "checkpoints" / "8").mkdir(parents=True)
-    with pytest.raises(ValueError, match=r"trained on another corpus or size \(sha256 differ\): remove it"):
+    with pytest.raises(ValueError, match=r"trained on other texts or another size \(sha256 differ\): remove it"):
         open_tokenizer(experiment, passages[1:], tmp_path)
     experiment.tokenizer.cache = str(tmp_path / "cache")
     open_tokenizer(experiment, passages, tmp_path)
@@ -128,5 +128,5 @@ def test_a_real_vocabulary_is_the_same_every_time(path):
     settings = Experiment(
         retriever=Retriever(kind="bm25", corpus=str(path)), tokenizer=Tokenizer(train_vocab_size=1024)
     )
-    passages = read_passages(settings)[:2000]
+    passages = corpus_texts(read_passages(settings)[:2000])
     assert open_tokenizer(settings, passages).token_bytes() == open_tokenizer(settings, passages).token_bytes()

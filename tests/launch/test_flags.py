@@ -6,7 +6,7 @@ import sys
 import pytest
 from absl import flags
 
-from launch.flags import define_config, parse, run
+from launch.flags import define_config, parse, run, with_main_field
 from rlrag.config import Experiment
 from tests.conftest import REPOSITORY
 
@@ -22,6 +22,21 @@ def define(values, argv):
 
 def reject(values):
     raise AssertionError("a wrong command line came through")
+
+
+@pytest.mark.parametrize(
+    ("argument", "expanded"),
+    [
+        ("--config.data=a=b.jsonl", "--config.data.train=a=b.jsonl"),
+        ("--config.reward=m:f", "--config.reward.function=m:f"),
+        ("--config.data.train=x", "--config.data.train=x"),
+        ("--config.mesh=1", "--config.mesh=1"),
+        ("--config=configs/x.py", "--config=configs/x.py"),
+        ("--data=x", "--data=x"),
+    ],
+)
+def test_a_part_may_have_a_field_that_stands_for_it(argument, expanded):
+    assert with_main_field(argument) == expanded
 
 
 @pytest.fixture
