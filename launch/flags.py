@@ -7,6 +7,7 @@ that several can be imported in one process: `run(main, define_flags, ...)`.
 import contextlib
 import dataclasses
 import difflib
+import errno
 import logging
 import os
 import re
@@ -71,9 +72,9 @@ def run(
 
 
 def be_quiet() -> None:
-    """The terminal is ours: libraries speak up from warnings on (absl and Orbax: from errors on)."""
+    """The terminal is ours: libraries speak up from warnings on; absl and Orbax never, what they log they raise too."""
     logging.getLogger().setLevel(logging.WARNING)
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # read by XLA
 
 
@@ -84,20 +85,28 @@ def fail(text: str, status: int) -> NoReturn:
 
 def explain(error: Exception) -> str | None:
     """The line for an error; None where it is a fault of the program."""
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return f"the disk is full ({error.filename or 'while writing'}): make room, then the same command goes on"
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename or 'a file'}: {error.strerror}: check that path"
+    if isinstance(error, Mistake):
+        return str(error)
+    if isinstance(error, ValueError) and ours(error):
+        return str(error)
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
         return (
             f"out of memory ({str(error)[:200] or type(error).__name__}): make the model, rollout.num_slots, "
             "rollout.num_pages or update.micro_rows smaller"
         )
-    if isinstance(error, Mistake):
-        return str(error)
     if isinstance(error, ValueError | OSError):
-        raised_at = traceback.extract_tb(error.__traceback__)[-1].filename
-        ours = Path(raised_at).is_relative_to(Path(__file__).parents[1]) and "site-packages" not in raised_at
-        return str(error) if ours else f"{error} (--traceback shows where this was raised)"
+        return f"{error} (--traceback shows where this was raised)"
     return None
+
+
+def ours(error: Exception) -> bool:
+    """Whether this repository raised it, and so wrote it for its users."""
+    raised_at = traceback.extract_tb(error.__traceback__)[-1].filename
+    return Path(raised_at).is_relative_to(Path(__file__).parents[1]) and "site-packages" not in raised_at
 
 
 # -- parsing ----------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ A mean is carried as (total, count) and divided once at the end, so that micro-b
 nothing.
 """
 
+import contextlib
 import hashlib
 import json
 import math
@@ -133,11 +134,21 @@ class Writer:
             self._wandb.log({f"{stage}/{name}": value for name, value in values.items()}, step=global_step)
 
     def close(self) -> None:
-        self._file.close()
-        self._thread.submit(self._events.close).result()
-        self._thread.shutdown()
-        if self._wandb is not None:
-            self._wandb.finish()
+        with contextlib.ExitStack() as all_of_them:
+            if self._wandb is not None:
+                all_of_them.callback(self._wandb.finish)
+            all_of_them.callback(self._thread.shutdown)
+            all_of_them.callback(lambda: self._thread.submit(self._close_events).result())
+            all_of_them.callback(self._file.close)
+
+    def _close_events(self) -> None:
+        try:
+            self._events.close()
+        except OSError:  # a full disk: tensorboardX would try again as the process ends, and print tracebacks
+            writer = self._events.file_writer.event_writer
+            writer.close = lambda: None
+            writer._worker.stop()
+            raise
 
 
 def open_wandb(project: str, name: str, directory: Path) -> Any:

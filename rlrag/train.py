@@ -1,5 +1,6 @@
 """The outer loop: draw questions, play or demonstrate episodes, learn from them, write, save; at the end, a result."""
 
+import contextlib
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -79,10 +80,9 @@ class Run:
         return {name: self.pack_weights(params) for name, params in models.items()}
 
     def close(self) -> None:
-        self.writer.close()
-        self.checkpoints.close()
-        self.best.close()
-        self.engine.close()
+        with contextlib.ExitStack() as all_of_them:
+            for part in (self.writer, self.checkpoints, self.best, self.engine):
+                all_of_them.callback(part.close)
 
 
 def train(experiment: config.Experiment, directory: Path) -> dict[str, Any]:
@@ -98,9 +98,13 @@ def train(experiment: config.Experiment, directory: Path) -> dict[str, Any]:
     with jax.set_mesh(mesh), Stopping() as stopping:
         run = set_up(experiment, directory, mesh, stopping)
         try:
-            return conclude(run, play_stages(run))
-        finally:
-            run.close()
+            result = conclude(run, play_stages(run))
+        except BaseException:
+            with contextlib.suppress(Exception):  # on a full disk closing fails too: what failed first is told
+                run.close()
+            raise
+        run.close()
+        return result
 
 
 def set_up(experiment: config.Experiment, directory: Path, mesh: jax.sharding.Mesh, stopping: Stopping) -> Run:

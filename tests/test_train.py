@@ -1,5 +1,7 @@
 import json
+import os
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -135,6 +137,69 @@ def test_a_run_that_failed_at_its_start_binds_nobody(tmp_path):
     with pytest.raises(ValueError, match="mesh data=7"):
         train(experiment, tmp_path)
     assert not (tmp_path / "result.json").exists()
+
+
+def one_step_off():
+    experiment = tiny()
+    experiment.main.one_step_off, experiment.checkpoint_every = True, 1
+    return experiment
+
+
+def two_models():
+    experiment = tiny()
+    experiment.main.credit.kind, experiment.main.loss.critic = "gae", "separate"
+    experiment.main.loss.kl, experiment.main.loss.kl_target = 0.01, 0.001
+    experiment.checkpoint_every = 1
+    return experiment
+
+
+@pytest.mark.parametrize("build", [one_step_off, two_models])
+def test_interrupted_runs_of_other_kinds_end_the_same(build, tmp_path, monkeypatch):
+    """One step off-policy a batch is in flight; with two models and a coefficient that adapts there is more to keep."""
+    alone, broken = tmp_path / "alone", tmp_path / "broken"
+    result = train(build(), alone)
+    interrupted(monkeypatch, build(), broken, learn=7)  # the third of the main stage
+    again = train(build(), broken)
+    assert again["weights_sha256"] == result["weights_sha256"]
+    assert without_times(rows_of(broken)) == without_times(rows_of(alone))
+    assert [row["staleness"] for row in rows_of(alone)[4:]] == [0.0, *[float(build is one_step_off)] * 3]
+    assert (broken / "episodes.jsonl").read_text() == (alone / "episodes.jsonl").read_text()
+
+
+def test_a_warm_start_takes_the_place_of_the_warm_up(finished, tmp_path):
+    """It draws what the run with the warm-up draws, and ends the same."""
+    directory, result = finished
+    first, second = tiny(), tiny()
+    first.steps = 0
+    train(first, tmp_path / "start")
+    second.warm_start = str(tmp_path / "start")
+    found = train(second, tmp_path / "run")
+    assert found["weights_sha256"] == result["weights_sha256"]
+    assert found["warm_start"] == result["warm_start"]
+    assert without_times(rows_of(tmp_path / "run")) == without_times(rows_of(directory)[4:])
+    second.warm_start = str(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=r"warm_start is .*nowhere, which holds no finished run"):
+        train(second, tmp_path / "other")
+
+
+def continued(directory):
+    experiment = tiny()
+    experiment.mesh.data = -1
+    print(json.dumps(train(experiment, directory)["final"]))
+
+
+def on_two_devices():
+    continued(Path(os.environ["RLRAG_TEST_RUN"]))
+
+
+def test_another_number_of_devices_goes_on_with_it(finished, tmp_path, monkeypatch, run_on_devices):
+    interrupted(monkeypatch, tiny(), tmp_path, learn=6)
+    monkeypatch.setenv("RLRAG_TEST_RUN", str(tmp_path))
+    out = run_on_devices(on_two_devices, 2)
+    assert "going on from step 4 of stage warm_up" in out or "going on from step" in out
+    wanted, found = rows_of(finished[0])[-1], rows_of(tmp_path)[-1]
+    assert (found["stage"], found["step"]) == ("main", 4)
+    assert found["entropy"] == pytest.approx(wanted["entropy"], rel=1e-4)
 
 
 def test_killed_everywhere_it_ends_the_same(finished, tmp_path, monkeypatch):

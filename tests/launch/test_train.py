@@ -65,6 +65,27 @@ def test_ctrl_c_is_one_line(config, tmp_path):
     assert errors == "error: interrupted: the same command goes on from the last checkpoint\n"
 
 
+def test_sigterm_saves_at_the_end_of_the_step(config, tmp_path):
+    """A scheduler's request: exit status 0, and the same command goes on from that step."""
+    arguments = (
+        config,
+        f"--workdir={tmp_path / 'x'}",
+        "--config.warm_up.steps=100000",
+        "--config.checkpoint_every=99999",
+    )
+    process = start(*arguments)
+    assert process.stdout
+    for line in process.stdout:
+        if line.startswith("warm_up 1/"):
+            break
+    process.send_signal(signal.SIGTERM)
+    shown, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (0, "")
+    assert f"asked to end: saved in {tmp_path / 'x'}, the same command goes on from here" in shown
+    (saved,) = (path.name for path in (tmp_path / "x" / "checkpoints").iterdir())
+    assert len((tmp_path / "x" / "metrics.jsonl").read_text().splitlines()) == int(saved)
+
+
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
@@ -99,7 +120,7 @@ def test_ctrl_c_is_one_line(config, tmp_path):
         (["--config.data.train=nope.jsonl"], "data.train is 'nope.jsonl', data.validation is 'world:"),
         (
             ["--config.recipe=nope"],
-            "recipe is 'nope', which cannot be loaded (No module named 'nope'): name module:function",
+            "recipe is 'nope': name module:function",
         ),
         (
             ["--workdir=/proc/nope/x"],
