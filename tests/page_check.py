@@ -70,7 +70,7 @@ def check_links(folder: Path) -> None:
     document, complaints = look(page, "#episode=1", "--dump-dom")
     assert not complaints, complaints
     assert "Episode 1 is not on this page: write it with a higher --episodes." in document
-    assert "2 of 2 episodes (3 logged)" in document
+    assert "2 of 2 episodes, 3 logged" in document
 
 
 def check_run(workdir: Path, folder: Path, shots: Path | None) -> None:

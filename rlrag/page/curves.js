@@ -25,7 +25,10 @@ function caption(curve, x) {
     part.append((curve.lines.length > 1 ? `${line.name} ` : "") + (k < 0 ? "–" : number(line.y[k])));
     return part;
   });
-  return [make("b", {text: curve.title + (curve.log ? " (log)" : "")}), ...parts, make("span", {text: x === Infinity ? "" : `step ${x}`})];
+  return [
+    make("div", {}, make("b", {text: curve.title + (curve.log ? " (log)" : "")}), make("span", {text: x === Infinity ? "" : `step ${x}`})),
+    make("div", {}, ...parts),
+  ];
 }
 
 // Draws into the figure what fits its width; called again when that changes.

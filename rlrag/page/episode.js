@@ -120,7 +120,7 @@ function facts(episode) {
     ["prediction", episode.prediction ?? "none"],
     ["status", episode.status + (episode.error ? `: ${episode.error}` : "")],
     ["from", `${episode.stage} step ${episode.step}, policy ${episode.version}, ${episode.id}`],
-    ["searches", `${episode.searches.length}` + (episode.hops === null ? "" : ` for ${episode.hops} hops`) + (found.size ? `, ${found.size} gold passages found` : "")],
+    ["searches", `${episode.searches.length}` + (episode.hops === null ? "" : ` for ${episode.hops} hops`) + (found.size ? `, gold passages found: ${found.size}` : "")],
   ]);
 }
 
@@ -143,10 +143,11 @@ function group(episode) {
   }));
 }
 
-function show(episode) {
+// linked: whether the page's address names it from now on.
+function show(episode, linked = true) {
   const right = get("right"), again = episode === open, at = right.scrollTop;
   open = episode;
-  history.replaceState(null, "", `#episode=${episode.order}${colour === "role" ? "" : `&colour=${colour}`}`);
+  if (linked) history.replaceState(null, "", `#episode=${episode.order}${colour === "role" ? "" : `&colour=${colour}`}`);
   drawRows();
   hideTip();
   const select = make("select", {id: "colour"}, ...Object.entries(COLOURS).map(([value, text]) => make("option", {value, text})));

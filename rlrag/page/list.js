@@ -43,7 +43,7 @@ function filter() {
   const sign = value("sort").startsWith("-") ? -1 : 1, key = SORTED_BY[value("sort").replace("-", "")];
   chosen.sort((a, b) => sign * Math.sign(key(a) - key(b)) || a.order - b.order);
   get("count").textContent = `${chosen.length} of ${episodes.length} episodes`
-    + (data.logged > episodes.length ? ` (${data.logged} logged)` : "");
+    + (data.logged > episodes.length ? `, ${data.logged} logged` : "");
   get("rows").style.height = `${chosen.length * HEIGHT}px`;
   get("list").scrollTop = 0;
   drawRows();

@@ -16,11 +16,13 @@ function foldCurves(hidden) {
   if (!hidden) drawCurves();
 }
 
-// #episode=N&colour=NAME, where N is the line of episodes.jsonl, from 0.
+// #episode=N&colour=NAME, where N is the line of episodes.jsonl, from 0. Whoever follows a link wants the episode: the
+// curves make room for it.
 function follow() {
   const wanted = new URLSearchParams(location.hash.slice(1));
   if (Object.hasOwn(COLOURS, wanted.get("colour") ?? "")) colour = wanted.get("colour");
   if (!wanted.has("episode")) return false;
+  foldCurves(true);
   const episode = byOrder.get(+wanted.get("episode"));
   if (!episode) {
     get("right").replaceChildren(make("p", {text: `Episode ${wanted.get("episode")} is not on this page: write it with a higher --episodes.`}));
@@ -28,7 +30,7 @@ function follow() {
   }
   reveal(chosen.indexOf(episode));
   show(episode);
-  get("right").scrollIntoView();
+  if (get("right").getBoundingClientRect().top > innerHeight / 2) get("right").scrollIntoView(); // below the list
   return true;
 }
 
@@ -53,7 +55,7 @@ function begin() {
     move(by);
   });
   if (follow()) return;
-  if (episodes.length) show(chosen[0]);
+  if (episodes.length) show(chosen[0], false);
   else get("right").append(make("p", {text: "No episodes are logged: train with --config.log_episodes above 0."}));
 }
 
