@@ -86,7 +86,9 @@ def check_run(workdir: Path, folder: Path, shots: Path | None) -> None:
     tokens = sum(len(span["tokens"]) for stream in row["streams"] for span in stream["spans"])
     assert document.count("data-k=") == tokens, "every token is there"
     print(f"{page.stat().st_size / 2**20:.1f} MiB, {shown} of {logged} episodes")
-    for name, (place, size) in SHOTS.items() if shots else ():
+    if shots is None:
+        return
+    for name, (place, size) in SHOTS.items():
         for theme in ("light", "dark"):
             options = ["--force-dark-mode", "--blink-settings=preferredColorScheme=0"] if theme == "dark" else []
             shot = shots / f"{name}_{theme}.png"
