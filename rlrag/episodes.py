@@ -15,8 +15,8 @@ DIGITS = 4  # significant ones kept
 
 
 def token_texts(vocabulary: Sequence[bytes]) -> list[str]:
-    """What is shown for each token id: its text, bytes that are no UTF-8 of their own as \\xNN."""
-    return [token.decode("utf-8", errors="backslashreplace") for token in vocabulary]
+    """What is shown for each token id: its text, bytes that are no UTF-8 of their own as \\xNN, <ID> if it has none."""
+    return [token.decode("utf-8", errors="backslashreplace") or f"<{id}>" for id, token in enumerate(vocabulary)]
 
 
 class EpisodeLog:
@@ -44,7 +44,7 @@ class EpisodeLog:
                     rows.append(self._row(stage, step, trajectory, payment, episode, advantages or {}))
                 episode += 1
         with self.path.open("a") as file:
-            file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+            file.write("".join(json.dumps(row) + "\n" for row in rows))
 
     def _row(self, stage: str, step: int, t: Trajectory, paid: Paid, episode: int, advantages) -> dict[str, Any]:
         example = t.example
@@ -79,6 +79,8 @@ class EpisodeLog:
                 values = getattr(span, name)
                 if values is not None:
                     row[name] = numbers(values)
+            if span.tags is not None:
+                row["tags"] = span.tags.tolist()
             if advantage is not None and span.act:
                 row["advantage"] = numbers(advantage[at : at + len(ids)])
             spans.append(row)

@@ -49,6 +49,7 @@ def test_a_row_holds_every_token_with_its_numbers(tmp_path):
                     assert ("advantage" in span) == (record.act > 0)
                     if record.act:
                         np.testing.assert_allclose(span["advantage"], wanted[at : at + n], rtol=1e-3, atol=1e-6)
+                    assert span.get("tags") == (None if record.tags is None else record.tags.tolist())
                     if record.logp is not None:
                         np.testing.assert_allclose(span["logp"], record.logp, rtol=1e-3)
                     at += n
@@ -92,7 +93,7 @@ def test_rows_of_steps_that_are_played_again_are_dropped(tmp_path):
 
 
 def test_bytes_that_are_no_text_are_shown():
-    assert token_texts([b"a", "é".encode(), b"\xc3", b"\x00", b""]) == ["a", "é", "\\xc3", "\x00", ""]
+    assert token_texts([b"a", "é".encode(), b"\xc3", b"\x00", b""]) == ["a", "é", "\\xc3", "\x00", "<4>"]
 
 
 @pytest.mark.parametrize(("value", "short"), [(1.23456, 1.235), (np.float32(0), 0.0), (np.nan, None), (None, None)])
@@ -105,3 +106,12 @@ def test_an_episode_that_nobody_paid(tmp_path):
     log = EpisodeLog(tmp_path, VOCABULARY)
     log.write("main", 1, groups, [[Paid({}) for _ in group.trajectories] for group in groups], 2)
     assert [row["reward"] for row in rows_of(log)] == [0.0, 0.0]
+
+
+def test_half_of_a_surrogate_pair_in_a_dataset_ends_no_run(tmp_path):
+    """JSON may hold it, UTF-8 may not."""
+    groups = make_groups(3)
+    object.__setattr__(groups[0].example, "question", "who? \ud800")
+    log = EpisodeLog(tmp_path, VOCABULARY)
+    log.write("main", 1, groups, pay(groups), 1)
+    assert rows_of(log)[0]["question"] == "who? \ud800"

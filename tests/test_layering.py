@@ -74,8 +74,8 @@ RULES = {
     "rlrag.study": Rule("rlrag.config rlrag.workdir rlrag.console", ""),  # its cells are processes of their own
     "rlrag.results": Rule("rlrag.study rlrag.statistics", "numpy matplotlib"),
     "rlrag.episodes": Rule("rlrag.trajectory rlrag.rewards.paid", "numpy"),
-    "rlrag.view": Rule("rlrag.workdir", ""),
     "rlrag.loading": Rule("", ""),
+    "rlrag.view": Rule("rlrag.workdir rlrag.agents.tags", "numpy"),
     "rlrag.records": Rule("", "numpy"),
     "rlrag.watch": Rule("rlrag.config", ""),
     "rlrag.signals": Rule("", ""),
