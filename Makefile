@@ -13,7 +13,7 @@ UV := $(shell uv --version >/dev/null 2>&1 && echo uv)
 export UV_PYTHON_DOWNLOADS := never
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
-.PHONY: help venv demo test test-matrix pytest lint kill-points disk-full bench lock
+.PHONY: help venv demo test test-matrix pytest lint kill-points disk-full memory-check bench lock
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -53,6 +53,9 @@ kill-points: $(INSTALLED) ## trainings killed at 51 random moments end as if the
 
 disk-full: $(INSTALLED) ## a training on a disk that is full, told and continued (Linux)
 	$(RUN) -m tests.disk_full
+
+memory-check: $(INSTALLED) ## predicted against measured memory of a training of some GiB (CPU)
+	$(RUN) -m tests.memory_check
 
 bench: $(INSTALLED) ## time every implementation of every kernel on this device
 	$(RUN) -m kernels.bench

@@ -32,11 +32,15 @@ from rlrag.rollout.advance import Spec, build_advance
 from rlrag.rollout.decoder import check, empty_inbox
 from rlrag.setup import acting_models, build_architecture, build_spec, build_stages, check_sizes
 
+# Where memory is the host's: what a training adds to its process beside arrays, most of it the compiler's (measured on
+# x86-64 with toy models, tests/memory_check.py).
+PROCESS_BYTES = 320 * 2**20
+
 
 @dataclass(frozen=True)
 class Plan:
     """What a stage will take. parts: bytes a device of what stays; temporary: bytes a device that each program needs
-    while it runs, its gradients and batch included; compile_s: seconds, in parallel."""
+    while it runs, its gradients, batch or decode weights included; compile_s: seconds, in parallel."""
 
     stage: str
     parameters: Mapping[str, int]  # by model
@@ -81,10 +85,10 @@ def plan(
     compiled, seconds = compile_all(lowered)
     own = {name: program.memory_analysis().temp_size_in_bytes for name, program in compiled.items()}
     batches = size(batch) * len(set(programs.reads.values()))
-    temporary = {
-        name: bytes_ + (0 if name == "advance" else batches) + (gradients if name.startswith(("acc", "app")) else 0)
-        for name, bytes_ in own.items()
-    }
+    # What stands beside each program while it runs.
+    beside = {"advance": size(weights) * len(acting), "prepare": batches}
+    temporary = {name: bytes_ + beside.get(name, batches + gradients) for name, bytes_ in own.items()}
+    process = PROCESS_BYTES if jax.default_backend() == "cpu" else 0
     return Plan(
         stage=stage.name,
         parameters={name: num_parameters(own) for name, own in programs.architectures.items()},
@@ -92,8 +96,8 @@ def plan(
             "weights": sum(map(size, params.values())),
             "references": sum(size(params[name]) for name in programs.refers),
             "optimizer": sum(size(state.opt_state) for state in states.values()),
-            "decode weights": size(weights) * len(acting),
             "cache": size(cache) * len(acting),
+            "process": process,
         },
         temporary=temporary,
         compile_s=seconds,
@@ -206,7 +210,8 @@ def describe(plans: list[Plan]) -> str:
         lines += ["", f"{each.stage}, parameters: {models}"]
         lines += [f"  {name:<16}{mebibytes(count)}" for name, count in each.parts.items() if count]
         largest = max(each.temporary, key=lambda name: each.temporary[name])
-        told = f"(gradients, batch and temporaries of {largest})"
+        what = "decode weights and" if largest == "advance" else "gradients, batch and"
+        told = f"({what} temporaries of {largest})"
         lines += [f"  {'activations':<16}{mebibytes(each.temporary[largest])}  {told}"]
         lines += [f"  {'peak a device':<16}{mebibytes(each.peak)}"]
         lines += [f"  tokens a step   {each.step_tokens:10,} at most; its rows hold {each.row_tokens:,}"]

@@ -135,15 +135,19 @@ def set_up(experiment: config.Experiment, directory: Path, mesh: jax.sharding.Me
 def play_stages(run: Run) -> Models:
     """The models that the last stage ends with."""
     models: Models = {POLICY: first_policy(run)}
-    for number, stage in enumerate(run.stages):
-        if number < run.meta["stage"]:
-            continue
-        learner = Learner(stage, run.architecture, run.mesh, run.experiment.rollout.num_kept, models)
-        play(run, learner, number)
-        models = learner.models
-        if stage.name == WARM_UP and not run.experiment.warm_start:
-            run.result["warm_start"] = score(run, learner.acting, "warm_start")
+    for number in range(run.meta["stage"], len(run.stages)):
+        models = play_stage(run, number, models)
     return models
+
+
+def play_stage(run: Run, number: int, models: Models) -> Models:
+    """One stage with these models; what it ends with. Its optimizer states go with it, before the next has its own."""
+    stage = run.stages[number]
+    learner = Learner(stage, run.architecture, run.mesh, run.experiment.rollout.num_kept, models)
+    play(run, learner, number)
+    if stage.name == WARM_UP and not run.experiment.warm_start:
+        run.result["warm_start"] = score(run, learner.acting, "warm_start")
+    return learner.models
 
 
 def first_policy(run: Run) -> Transformer:

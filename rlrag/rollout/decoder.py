@@ -61,6 +61,10 @@ class Decoder:
         for pages in self.pages:
             pages.forget_contents()
 
+    def finish(self) -> None:
+        """End a rollout: its weights may go while the learner works."""
+        self._weights = None
+
     def open(self, uid: int, shard: int) -> CachedStream:
         stream = CachedStream(uid, shard, self.spec.max_tokens, np.zeros(self.spec.max_tokens, np.int32))
         self._streams[shard][stream] = None

@@ -331,6 +331,8 @@ class Engine:
         while self._outstanding:
             self._done.get()
             self._outstanding -= 1
+        for decoder in self.decoders.values():
+            decoder.finish()
 
 
 def batches(items: Sequence[Any], size: int) -> Iterator[list[Any]]:
