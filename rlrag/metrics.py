@@ -145,7 +145,7 @@ class Writer:
         try:
             self._events.close()
         except OSError:  # a full disk: tensorboardX would try again as the process ends, and print tracebacks
-            writer = self._events.file_writer.event_writer
+            writer: Any = self._events.file_writer.event_writer  # type: ignore[union-attr]
             writer.close = lambda: None
             writer._worker.stop()
             raise
