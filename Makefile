@@ -13,7 +13,7 @@ UV := $(shell uv --version >/dev/null 2>&1 && echo uv)
 export UV_PYTHON_DOWNLOADS := never
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
-.PHONY: help venv demo test test-matrix pytest lint kill-points disk-full memory-check bench lock
+.PHONY: help venv demo test test-matrix pytest lint kill-points fuzz disk-full memory-check bench lock
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -50,6 +50,9 @@ test-matrix: ## the test suite on every supported Python and JAX, each in its ow
 
 kill-points: $(INSTALLED) ## trainings killed at 51 random moments end as if they had been left alone (KILLS=51 SEED=0)
 	$(RUN) -m tests.kill_points --kills=$(or $(KILLS),51) --seed=$(or $(SEED),0)
+
+fuzz: $(INSTALLED) ## hostile episodes through the real engine (EPISODES=10000 SEED=0)
+	$(RUN) -m tests.fuzz --episodes=$(or $(EPISODES),10000) --seed=$(or $(SEED),0)
 
 disk-full: $(INSTALLED) ## a training on a disk that is full, told and continued (Linux)
 	$(RUN) -m tests.disk_full

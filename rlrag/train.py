@@ -228,6 +228,7 @@ def play(run: Run, learner: Learner, number: int) -> None:
 
 def leave_if_asked(run: Run, saved: bool) -> None:
     """End the process, without an error, where that was asked for and everything is saved."""
+    run.stopping.look()
     if run.stopping.asked and saved:
         say(f"asked to end: saved in {run.directory}, the same command goes on from here")
         raise SystemExit(0)
