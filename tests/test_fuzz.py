@@ -14,8 +14,9 @@ from rlrag.rollout.engine import Engine
 from rlrag.rollout.pages import Pages
 from rlrag.rollout.stops import StopTable
 from rlrag.rollout.streams import Call
-from tests import fuzz
-from tests.fuzz import Fault, run_case
+from tests.fuzz import cases, sayings
+from tests.fuzz.cases import run_case
+from tests.fuzz.faults import Fault
 
 
 def test_hostile_episodes_break_nothing():
@@ -92,7 +93,7 @@ def masks_from_padding(patch):
         packed = real(*arguments)
         return replace(packed, batch=packed.batch.replace(act=(packed.batch.tokens != 0).astype(np.int32)))
 
-    patch.setattr(fuzz, "pack", pack)
+    patch.setattr(cases, "pack", pack)
 
 
 def leave_streams_open(patch):
@@ -114,7 +115,7 @@ def encode_text_again(patch):
     def generated(self, decoder, stream, call, real=Engine._generated):
         real(self, decoder, stream, call)
         text = self.decode(call.emitted()[0].tolist())
-        fuzz.Watch.encode(self.decode.__self__, text)
+        sayings.Watch.encode(self.decode.__self__, text)
 
     patch.setattr(Engine, "_generated", generated)
 
