@@ -122,18 +122,21 @@ class Learner:
 
     def _steps(self, name: str, update: Update, batch, counts, num_micro: int, coefficients, step: int):
         """Every minibatch of every epoch of one model; its numbers."""
-        settings, sums, applied = self.stage.settings.update, None, []
+        settings, sums, first, applied = self.stage.settings.update, None, None, []
         for epoch in range(settings.epochs):
             for micros in minibatches(num_micro, settings.minibatches, seed=(step, epoch)):
                 self.states[name], new, report = update.step(self.states[name], batch, counts, coefficients, micros)
                 sums = new if sums is None else merge(sums, new)
+                # The distance to the sampler is that of the policy that played: later minibatches have moved on.
+                first = first or {key: value for key, value in new.items() if key.startswith("sampler_learner_gap")}
                 applied.append(report)
         assert sums is not None
-        host: tuple[Metrics, list] = jax.device_get((sums, applied))
+        host: Metrics
+        host, reports = jax.device_get((sums | (first or {}), applied))
         labels = {"role": list(self.roles), "turn": [f"turn_{turn}" for turn in range(MAX_TURNS)]}
-        values = numbers(host[0], labels)
-        values |= {each: float(np.mean([getattr(r, each) for r in host[1]])) for each in ("grad_norm", "learning_rate")}
-        values["skipped"] = float(np.sum([r.skipped for r in host[1]]))
+        values = numbers(host, labels)
+        values |= {each: float(np.mean([getattr(r, each) for r in reports])) for each in ("grad_norm", "learning_rate")}
+        values["skipped"] = float(np.sum([r.skipped for r in reports]))
         return with_spread(values)
 
     def pack(self, groups: Sequence[Group], paid: Sequence[Sequence[Paid]]) -> dict[str, Packed]:

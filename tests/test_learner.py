@@ -1,11 +1,20 @@
+import jax
 import numpy as np
 import pytest
 
+from configs import algorithms
+from rlrag.agents.workflow import Role
 from rlrag.collection import Collected
-from rlrag.learner import describe, minibatches
+from rlrag.data.task import open_task
+from rlrag.learner import Learner, describe, minibatches, with_spread
+from rlrag.mesh import make_mesh
+from rlrag.model.parameters import initialize
 from rlrag.packing import Shape, pack
 from rlrag.rewards.paid import Paid
+from rlrag.setup import build_architecture, build_stages
 from rlrag.trajectory import COMPLETED, OBSERVED, SAMPLED, SEARCH_FAILED, Example, Group, Span, Stream, Trajectory
+from tests.episodes import make_groups
+from tests.experiments import tiny
 
 EXAMPLE = Example("q", "who?", ("a",))
 
@@ -44,3 +53,102 @@ def test_what_a_batch_was_like():
     assert values["status/completed"] == pytest.approx(2 / 3)
     assert values["status/search_failed"] == pytest.approx(1 / 3)
     assert values["searches"] == 0.0
+
+
+def test_second_moments_become_what_people_read():
+    values = {"ratio": 1.0, "ratio_squared": 1.04, "value_target": 0.5, "value_target_squared": 0.5,
+              "value_error_squared": 0.05}  # fmt: skip
+    found = with_spread(values)
+    assert found == {
+        "ratio": 1.0, "ratio_std": pytest.approx(0.2), "value_target": 0.5, "explained_variance": pytest.approx(0.8),
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def learners():
+    """Learners of stages in which the policy has a critic of its own, a value head, or a partner."""
+    task = open_task(tiny())
+
+    def build(change, roles=None):
+        experiment = tiny()
+        change(experiment.main, experiment)
+        main = build_stages(experiment, task)[1]
+        if roles:
+            learn = dict.fromkeys(roles.values(), main.recipe.learn["policy"])
+            main = main._replace(
+                recipe=main.recipe._replace(roles={name: Role(model) for name, model in roles.items()}, learn=learn)
+            )
+        a = build_architecture(experiment, task)
+        return Learner(main, a, make_mesh(devices=jax.devices()[:1]), 0, {"policy": initialize(a, jax.random.key(0))})
+
+    return build
+
+
+def collected(roles=("agent", "agent")):
+    """Random groups of the tests' own, for the roles given, paid differently."""
+    groups = make_groups(5, 4, 4, with_forced=False)
+    for group in groups:
+        for trajectory in group.trajectories:
+            for stream in trajectory.streams:
+                stream.role = roles[stream.role != "talker"]
+                for span in stream.spans:
+                    span.role, span.kept = stream.role, None
+    dice = np.random.default_rng(0)
+    paid = [
+        [Paid({"answer": [float(dice.integers(2))] * len(t.streams)}) for t in group.trajectories] for group in groups
+    ]
+    return Collected(0, 0, groups, paid, [True] * 4, None, {})
+
+
+def test_a_critic_of_its_own_begins_as_the_policy_and_learns_apart(learners):
+    learner = learners(algorithms.ppo)
+    assert set(learner.models) == {"policy", "critic"}
+    assert set(learner.acting) == {"policy"}
+    assert learner.models["policy"].value_head is None
+    before = jax.device_get(learner.models)
+    np.testing.assert_array_equal(before["critic"].embed, before["policy"].embed)
+    assert (before["critic"].value_head == 0).all()
+    values = learner.learn(collected(), 0).values
+    after = learner.models
+    assert (np.asarray(after["critic"].value_head) != 0).any()
+    assert np.abs(np.asarray(after["critic"].embed) - np.asarray(after["policy"].embed)).max() > 0
+    assert values["critic/explained_variance"] <= 0.01, "it said 0 of everything"
+    assert values["critic/grad_norm"] > 0
+    for step in range(1, 60):
+        values = learner.learn(collected(), step).values
+    assert values["critic/explained_variance"] > 0.3, "the same batch again and again is learned"
+
+
+def test_a_value_head_on_the_trunk_learns_with_the_policy(learners):
+    learner = learners(algorithms.ppo_trunk)
+    assert set(learner.models) == {"policy"}
+    assert (np.asarray(learner.models["policy"].value_head) == 0).all()
+    values = learner.learn(collected(), 0).values
+    assert (np.asarray(learner.models["policy"].value_head) != 0).any()
+    assert {"loss/surrogate", "loss/value", "coefficient/value"} <= set(values)
+
+
+def test_two_policies_learn_from_their_own_streams(learners):
+    learner = learners(algorithms.grpo, {"talker": "first", "chooser": "second"})
+    before = jax.device_get(learner.models)
+    assert set(before) == {"first", "second"}
+    values = learner.learn(collected(("talker", "chooser")), 0).values
+    for name in ("first", "second"):
+        assert values[f"{name}/grad_norm"] > 0
+        assert np.abs(np.asarray(learner.models[name].embed) - before[name].embed).max() > 0
+    assert {"first/zero_variance_groups", "second/zero_variance_groups"} <= set(values)
+    assert values["first/entropy/talker"] > 0
+    assert "first/entropy/chooser" not in values
+
+
+def test_the_gap_is_that_of_the_policy_that_played(learners):
+    """With several minibatches the later ones see a policy that has moved: their distance is not the sampler's."""
+
+    def several(main, experiment):
+        main.update.epochs, main.update.learning_rate = 3, 0.1
+
+    one, three = learners(algorithms.grpo), learners(several)
+    first, second = (learner.learn(collected(), 0).values for learner in (one, three))
+    assert second["sampler_learner_gap"] == pytest.approx(first["sampler_learner_gap"])
+    assert second["ratio_std"] > 1e-3
+    assert first["ratio_std"] != second["ratio_std"]
