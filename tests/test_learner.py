@@ -9,6 +9,7 @@ from rlrag.data.task import open_task
 from rlrag.learner import Learner, describe, minibatches, with_spread
 from rlrag.mesh import make_mesh
 from rlrag.model.parameters import initialize
+from rlrag.objectives.scoring import score
 from rlrag.packing import Shape, pack
 from rlrag.rewards.paid import Paid
 from rlrag.setup import build_architecture, build_stages
@@ -152,3 +153,42 @@ def test_the_gap_is_that_of_the_policy_that_played(learners):
     assert second["sampler_learner_gap"] == pytest.approx(first["sampler_learner_gap"])
     assert second["ratio_std"] > 1e-3
     assert first["ratio_std"] != second["ratio_std"]
+
+
+def scored_by(learner, groups, paid):
+    """log-probs [rows, T] of a batch under the learner's parameters as they are, and the packed batch."""
+    packed = learner.pack(groups, paid)["policy"]
+    rows = packed.batch.tokens.shape[0] * packed.batch.tokens.shape[1]
+    batch = jax.tree.map(lambda leaf: leaf.reshape(rows, *leaf.shape[2:]), packed.batch)
+    a = learner.programs.architectures["policy"]
+    return np.asarray(jax.jit(lambda p: score(p, a, batch).logp)(learner.models["policy"])), packed
+
+
+def test_the_ratio_at_staleness_1_is_to_the_policy_that_played(learners):
+    """Both batches are played by the first policy; the second is learned from by the next one, whose ratio must be
+    exp(its log-prob - the one recorded), token by token."""
+    learner = learners(lambda main, experiment: setattr(main.update, "learning_rate", 0.05))
+    first, second = collected(), collected()
+    logp, packed = scored_by(learner, second.groups, second.paid)
+    for place in packed.places:  # what the sampler of version 0 would have recorded
+        stream = [t for g in second.groups for t in g.trajectories][place.episode].streams[place.call]
+        at = -place.start
+        for span in stream.spans:
+            if span.act == SAMPLED:
+                columns = slice(place.column + at, place.column + at + len(span.tokens))
+                span.logp = logp[place.row, columns].copy()
+            at += len(span.tokens)
+    learner.learn(first, 0)
+    now, packed = scored_by(learner, second.groups, second.paid)
+    act = packed.batch.act.reshape(-1, packed.batch.act.shape[-1])
+    recorded = packed.batch.logp.reshape(act.shape)
+    ratio = np.exp(now - recorded)[act > 0]
+    second.step = 1
+    values = learner.learn(second, 1).values
+    assert values["staleness"] == 1.0
+    assert ratio.std() > 0.05, "the policy has moved"
+    assert values["ratio"] == pytest.approx(ratio.mean(), rel=1e-4)
+    assert values["ratio_std"] == pytest.approx(ratio.std(), rel=1e-3)
+    assert values["ratio_max"] == pytest.approx(ratio.max(), rel=1e-4)
+    outside = (ratio > 1.2) | (ratio < 0.8)
+    assert 0 < values["clip_fraction"] == pytest.approx(outside.mean(), abs=1e-6)
