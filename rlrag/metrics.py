@@ -6,6 +6,7 @@ nothing.
 
 import contextlib
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -166,12 +167,16 @@ def open_wandb(project: str, name: str, directory: Path) -> Any:
 def rewind(path: Path, rows: int) -> None:
     """Keep the first `rows` lines of a metrics file, in place: an open Writer goes on behind them."""
     if path.exists():
-        lines = path.read_bytes().splitlines(keepends=True)
-        os.truncate(path, sum(map(len, lines[:rows])))
+        with path.open("rb") as file:  # line by line: logs of episodes grow large
+            kept = sum(len(line) for line in itertools.islice(file, rows))
+        os.truncate(path, kept)
 
 
 def num_rows(path: Path) -> int:
-    return path.read_bytes().count(b"\n") if path.exists() else 0
+    if not path.exists():
+        return 0
+    with path.open("rb") as file:
+        return sum(block.count(b"\n") for block in iter(lambda: file.read(2**20), b""))
 
 
 def round_for_json(value: Any) -> float | int | None:
