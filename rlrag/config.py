@@ -383,12 +383,18 @@ def to_json(experiment: Experiment) -> str:
 
 
 def from_dict(values: dict[str, Any], cls: type = Experiment) -> Any:
-    """The inverse of to_dict. ValueError names a field that does not exist."""
+    """The inverse of to_dict. ValueError names a field that does not exist, or a value of another kind than its."""
     known = {f.name: f for f in dataclasses.fields(cls)}
     arguments = {}
     for name, value in values.items():
         if name not in known:
             raise ValueError(f"{cls.__name__} has no field {name!r}; it has: {', '.join(known)}")
-        default = known[name].default_factory() if known[name].default_factory is not dataclasses.MISSING else None  # type: ignore[misc]
-        arguments[name] = from_dict(value, type(default)) if dataclasses.is_dataclass(default) else value
+        field_ = known[name]
+        default = field_.default if field_.default_factory is dataclasses.MISSING else field_.default_factory()
+        if dataclasses.is_dataclass(default) and isinstance(value, dict):
+            arguments[name] = from_dict(value, type(default))
+        elif type(value) is type(default) or (isinstance(default, float) and type(value) is int):
+            arguments[name] = value
+        else:
+            raise ValueError(f"{cls.__name__}.{name} is {value!r}: give a {type(default).__name__}")
     return cls(**arguments)

@@ -167,3 +167,21 @@ def test_two_experiments_share_nothing():
     first.main.update.learning_rate = 9.0
     first.rollout.evaluate.temperature = 9.0
     assert second == Experiment()
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ({"seed": "1"}, "Experiment.seed is '1': give a int"),
+        ({"seed": True}, "Experiment.seed is True: give a int"),
+        ({"main": 3}, "Experiment.main is 3: give a Stage"),
+        ({"main": {"update": {"learning_rate": "fast"}}}, "Update.learning_rate is 'fast': give a float"),
+    ],
+)
+def test_values_of_another_kind_are_told(values, told):
+    with pytest.raises(ValueError, match=told):
+        from_dict(values)
+
+
+def test_a_whole_number_may_stand_for_a_float():
+    assert from_dict({"main": {"update": {"learning_rate": 1}}}).main.update.learning_rate == 1
