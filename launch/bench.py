@@ -9,33 +9,40 @@ import datetime
 import json
 import random
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 
 from absl import flags
 
 
-def define_flags() -> None:
-    flags.DEFINE_list("latencies_ms", ["0", "50", "200", "1000"], "Injected search latencies; 0 must be among them.")
-    flags.DEFINE_integer("rounds", 3, "Repetitions of every setting.")
-    flags.DEFINE_integer("episodes", 1536, "Episodes of a run.")
-    flags.DEFINE_integer("max_episodes", 1024, "Episodes in flight at once, waiting ones included.")
-    flags.DEFINE_integer("num_slots", 64, "Decode lanes.")
-    flags.DEFINE_integer("burst", 8, "Decode steps a round at most.")
-    flags.DEFINE_integer("turns", 4, "Generations of an episode.")
-    flags.DEFINE_integer("turn_tokens", 24, "Mean tokens of a generation: between half and one and a half of it.")
-    flags.DEFINE_integer("document_tokens", 24, "Tokens of what a search returns.")
-    flags.DEFINE_integer("prompt_tokens", 32, "Tokens of the prompt.")
-    flags.DEFINE_integer("layers", 4, "Layers of the model.")
-    flags.DEFINE_integer("embed_dim", 256, "Width of the model.")
-    flags.DEFINE_integer("vocabulary", 4096, "Entries of the vocabulary.")
-    flags.DEFINE_string("out", "", "File for the figures as JSON.")
+def define_flags(values: flags.FlagValues, argv: Sequence[str]) -> None:
+    flags.DEFINE_list(
+        "latencies_ms",
+        ["0", "50", "200", "1000"],
+        "Injected search latencies; 0 must be among them.",
+        flag_values=values,
+    )
+    flags.DEFINE_integer("rounds", 3, "Repetitions of every setting.", flag_values=values)
+    flags.DEFINE_integer("episodes", 1536, "Episodes of a run.", flag_values=values)
+    flags.DEFINE_integer("max_episodes", 1024, "Episodes in flight at once, waiting ones included.", flag_values=values)
+    flags.DEFINE_integer("num_slots", 64, "Decode lanes.", flag_values=values)
+    flags.DEFINE_integer("burst", 8, "Decode steps a round at most.", flag_values=values)
+    flags.DEFINE_integer("turns", 4, "Generations of an episode.", flag_values=values)
+    flags.DEFINE_integer(
+        "turn_tokens", 24, "Mean tokens of a generation: between half and one and a half of it.", flag_values=values
+    )
+    flags.DEFINE_integer("document_tokens", 24, "Tokens of what a search returns.", flag_values=values)
+    flags.DEFINE_integer("prompt_tokens", 32, "Tokens of the prompt.", flag_values=values)
+    flags.DEFINE_integer("layers", 4, "Layers of the model.", flag_values=values)
+    flags.DEFINE_integer("embed_dim", 256, "Width of the model.", flag_values=values)
+    flags.DEFINE_integer("vocabulary", 4096, "Entries of the vocabulary.", flag_values=values)
+    flags.DEFINE_string("out", "", "File for the figures as JSON.", flag_values=values)
 
 
-def main(_: list[str]) -> None:
+def main(f: flags.FlagValues) -> None:
     import jax
 
-    f = flags.FLAGS
     latencies = [float(text) / 1000 for text in f.latencies_ms]
     if 0 not in latencies:
         raise ValueError(f"--latencies_ms is {','.join(f.latencies_ms)}: the ratios need 0 among them")
@@ -146,5 +153,4 @@ def build(f: flags.FlagValues, capacity: int):
 if __name__ == "__main__":
     from launch.flags import run
 
-    define_flags()
-    run(main)
+    run(main, define_flags, doc=__doc__)

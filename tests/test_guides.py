@@ -6,14 +6,13 @@ import shlex
 from pathlib import Path
 
 import pytest
-from absl import flags
 
 from launch import bench, evaluate, prepare_data, study, train, view
 from launch.flags import parse, with_main_field
 from tests.conftest import REPOSITORY
 
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs" / "guides").glob("*.md"))]
-DEFINE = {module.__name__: module.define_flags for module in (evaluate, prepare_data, study, train, view)}
+DEFINE = {module.__name__: module.define_flags for module in (bench, evaluate, prepare_data, study, train, view)}
 
 
 def blocks(language: str) -> list:
@@ -47,8 +46,4 @@ def test_the_commands_parse(command, monkeypatch):
     monkeypatch.chdir(REPOSITORY)
     program, *arguments = shlex.split(command)
     arguments = [with_main_field(argument) for argument in arguments]
-    if program == "launch.bench":
-        bench.define_flags()
-        flags.FLAGS([program, *arguments])
-        return
     parse([program, *arguments], DEFINE[program], {})
