@@ -42,6 +42,12 @@ class Spec:
     num_kept: int  # capacity of filtered sets (top-k, top-p, allowed ids); 0: filters cannot be used
 
     @property
+    def kept_width(self) -> int:
+        """Of the arrays of filtered sets that enter and leave the program: at least 1, because XLA's CPU compiler (JAX
+        0.11.2) crashes on an array of no elements that is cut over devices."""
+        return max(self.num_kept, 1)
+
+    @property
     def pages_per_stream(self) -> int:
         return self.max_tokens // self.page_size
 
@@ -186,12 +192,14 @@ def burst(
         stop_state=inbox.stop_state,
         reason=jnp.where(inbox.limit > 0, RUNNING, LIMITED),
         count=jnp.zeros(B, jnp.int32),
-        allowed=inbox.controls.allowed,
+        allowed=inbox.controls.allowed[:, : spec.num_kept],
         out=(*numbers, jnp.full((B, N, spec.num_kept), -1, jnp.int32)),
     )
     s = jax.lax.while_loop(cond, body, start)
 
-    emitted = Outbox(*s.out, count=s.count, reason=s.reason, stop_state=s.stop_state, steps=s.step[None])
+    *columns, kept = s.out
+    kept = jnp.pad(kept, ((0, 0), (0, 0), (0, spec.kept_width - spec.num_kept)), constant_values=-1)
+    emitted = Outbox(*columns, kept, count=s.count, reason=s.reason, stop_state=s.stop_state, steps=s.step[None])
 
     # A live slot cached the token at `position` and all it emitted but the newest: `count` tokens from `position` on.
     positions = inbox.position[:, None] + jnp.arange(N)

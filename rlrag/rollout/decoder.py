@@ -321,7 +321,7 @@ class Decoder:
 def empty_inbox(spec: Spec, shards: int) -> Inbox:
     """A round in which nothing is done, as numpy arrays to be filled."""
     J, R, C = spec.prefill_chunks, spec.prefill_rows, spec.prefill_chunk
-    B, n, K = spec.num_slots, spec.pages_per_stream, spec.num_kept
+    B, n, K = spec.num_slots, spec.pages_per_stream, spec.kept_width
     prefill = Prefill(
         tokens=np.zeros((J, R, C), np.int32), start=np.zeros((J, R), np.int32), count=np.zeros((J, R), np.int32),
         table=np.zeros((J, R, n), np.int32), num_chunks=np.zeros(shards, np.int32),
