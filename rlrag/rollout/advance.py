@@ -197,9 +197,9 @@ def burst(
     )
     s = jax.lax.while_loop(cond, body, start)
 
-    *columns, kept = s.out
-    kept = jnp.pad(kept, ((0, 0), (0, 0), (0, spec.kept_width - spec.num_kept)), constant_values=-1)
-    emitted = Outbox(*columns, kept, count=s.count, reason=s.reason, stop_state=s.stop_state, steps=s.step[None])
+    emitted = Outbox(*s.out, count=s.count, reason=s.reason, stop_state=s.stop_state, steps=s.step[None])
+    missing = spec.kept_width - spec.num_kept
+    emitted = emitted._replace(kept=jnp.pad(emitted.kept, ((0, 0), (0, 0), (0, missing)), constant_values=-1))
 
     # A live slot cached the token at `position` and all it emitted but the newest: `count` tokens from `position` on.
     positions = inbox.position[:, None] + jnp.arange(N)
