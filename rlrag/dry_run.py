@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from rlrag import config
+from rlrag import config, workdir
 from rlrag.data.task import Task, open_task
 from rlrag.learner import Programs
 from rlrag.mesh import DATA, make_mesh, sharding
@@ -58,6 +58,8 @@ class Plan:
 def dry_run(experiment: config.Experiment, directory: Path) -> list[Plan]:
     """The plan of every stage that has steps. Raises ValueError, as training does, for what cannot work."""
     config.check(experiment)
+    if experiment.warm_start:
+        workdir.finished(experiment)
     task = open_task(experiment, directory)
     stages = build_stages(experiment, task)
     mesh = make_mesh(experiment.mesh.data, experiment.mesh.model)

@@ -94,6 +94,8 @@ def train(experiment: config.Experiment, directory: Path) -> dict[str, Any]:
         say(f"{directory} holds this run, finished: choose another --workdir to train again")
         say("\n".join(describe(result)))
         return result
+    if experiment.warm_start and not workdir.holds_checkpoint(directory):
+        workdir.finished(experiment)
     mesh = make_mesh(experiment.mesh.data, experiment.mesh.model)
     with jax.set_mesh(mesh), Stopping() as stopping:
         run = set_up(experiment, directory, mesh, stopping)
@@ -155,18 +157,13 @@ def first_policy(run: Run) -> Transformer:
     a, where = run.architecture, shardings(run.architecture, run.mesh)
     begin = jax.jit(lambda key: initialize(a, key), out_shardings=where)
     params = begin(jax.random.fold_in(run.key, 0))
-    if not run.experiment.warm_start:
+    if not run.experiment.warm_start or run.saved is not None:  # what is saved has both
         return params
-    source = Path(run.experiment.warm_start)
-    result = workdir.read(source / "result.json")
-    if result is None:
-        raise ValueError(f"warm_start is {source}, which holds no finished run: name the --workdir of one")
-    run.result.setdefault("warm_start", result["final"])
-    checkpoints = Checkpoints(source / "checkpoints")
+    run.result["warm_start"] = workdir.finished(run.experiment)["final"]
+    checkpoints = Checkpoints(Path(run.experiment.warm_start) / "checkpoints")
     try:
         step = checkpoints.latest()
-        if step is None:
-            raise ValueError(f"warm_start is {source}, which holds no checkpoint: name the --workdir of another run")
+        assert step is not None
         return checkpoints.restore_params(step, params)
     finally:
         checkpoints.close()

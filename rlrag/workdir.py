@@ -45,6 +45,16 @@ def holds_checkpoint(directory: Path) -> bool:
     return any(path.name.isdecimal() for path in (directory / "checkpoints").glob("*"))
 
 
+def finished(experiment: config.Experiment) -> dict[str, Any]:
+    """The result of the run that `warm_start` names. ValueError where it is not finished, or its policy is gone."""
+    source = Path(experiment.warm_start)
+    result = read(source / "result.json")
+    if result is None or not holds_checkpoint(source):
+        lacks = "finished run" if result is None else "checkpoint"
+        raise ValueError(f"warm_start is {source}, which holds no {lacks}: name the --workdir of one that ended")
+    return result
+
+
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
     """Every field in which two configurations differ, as text."""
     changed = []
