@@ -10,7 +10,8 @@ import numpy as np
 from rlrag.statistics import t_interval, two_level_bootstrap
 from rlrag.study import CONTINUED, LEAST_SEEDS, Cell, Study, read_rows
 
-SHOWN = ("device", "versions")
+BEST = "best_validation_em"
+COLLAPSE = 0.1  # below the best validation score
 
 
 def gather(study: Study, cells: Mapping[tuple[str, int], Cell], command: str, commit: str | None) -> dict[str, Any]:
@@ -58,7 +59,7 @@ def best_of(cell: Cell) -> dict[str, float]:
     rows = read_rows(cell.directory / "metrics.jsonl")
     scores = [row["validation/em"] for row in rows if "validation/em" in row]
     return {
-        "best_validation_em": max(scores, default=float("nan")),
+        BEST: max(scores, default=float("nan")),
         "alarms": sum(row.get("alarms", 0) for row in rows),
     }
 
@@ -124,6 +125,17 @@ def verdict(primary: Mapping[str, Any], contrast: Mapping[str, Any] | None) -> s
     return f"Asked: {asked}. **Not shown**: {found}; the interval holds the threshold."
 
 
+def collapses(result: Mapping[str, Any]) -> list[str]:
+    """Cells that learned and lost it again, with what they had and what was left."""
+    metric = result["primary"]["metric"]
+    return [
+        f"{arm}:{seed} ({values[BEST]:.3f}, then {values[metric]:.3f})"
+        for arm, seeds in result["arms"].items()
+        for seed, values in seeds.items()
+        if BEST.endswith(metric) and values.get(BEST, 0.0) - values[metric] >= COLLAPSE
+    ]
+
+
 def report(result: Mapping[str, Any], plot: str) -> str:
     """The Markdown page of a study, from its JSON alone. plot: file name of the picture beside it."""
     primary, metric = result["primary"], result["primary"]["metric"]
@@ -137,14 +149,19 @@ def report(result: Mapping[str, Any], plot: str) -> str:
     others = [name for name in next(iter(next(iter(result["arms"].values())).values())) if name not in NOT_COLUMNS]
     names = [metric, *(name for name in others if name != metric)]
     lines += [f"Bounds ({metric}): {framed}. Means over seeds with 95 % t-intervals of {metric}.", ""]
-    lines += ["| arm | seeds | " + " | ".join(names) + " | s |", "|---|---:|" + "---:|" * (len(names) + 1)]
+    columns = [metric, "worst seed", *names[1:]]
+    lines += ["| arm | seeds | " + " | ".join(columns) + " | s |", "|---|---:|" + "---:|" * (len(columns) + 1)]
     ranked = sorted(result["arms"].items(), key=lambda item: -np.mean([v[metric] for v in item[1].values()]))
     for arm, seeds in ranked:
         cells = [mean_interval([values[metric] for values in seeds.values()])]
-        cells += [f"{np.mean([values[name] for values in seeds.values()]):.3g}" for name in names[1:]]
+        cells += [f"{min(values[metric] for values in seeds.values()):.3f}"]
+        cells += [f"{np.mean([values[name] for values in seeds.values()]):.3f}" for name in names[1:]]
         seconds = np.mean([values["seconds"] for values in seeds.values()])
         label = f"{arm} (baseline)" if arm == CONTINUED else arm
         lines.append(f"| {label} | {len(seeds)} | " + " | ".join(cells) + f" | {seconds:.0f} |")
+    fell = collapses(result)
+    if fell:
+        lines += ["", f"Ended {COLLAPSE} or more below the best validation score of their run: {', '.join(fell)}."]
     lines += ["", "| contrast | difference | 95 % interval | seeds | method |", "|---|---:|---|---:|---|"]
     for c in result["contrasts"]:
         low, high = c["interval"]
@@ -194,6 +211,7 @@ def draw(path: Path, result: Mapping[str, Any]) -> None:
     ]
     figure.legend(*zip(*shown), loc="outside lower center", ncols=5, fontsize=8, frameon=False)
     figure.suptitle(result["title"], fontsize=10)
+    figure.supxlabel("updates", fontsize=8)
     figure.savefig(path)
 
 

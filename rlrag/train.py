@@ -315,9 +315,10 @@ def device() -> str:
 def conclude(run: Run, models: Models) -> dict[str, Any]:
     """Test, draw, and write result.json, last: it says that the run is finished."""
     acting = {role.model: models[role.model] for role in run.stages[-1].recipe.roles.values()}
+    final = score(run, acting, "final")  # first: it adds to the result what frames every score
     result = {
         **run.result,
-        "final": score(run, acting, "final"),
+        "final": final,
         "best": run.best_score,
         "seconds": run.seconds,
         "tokens": run.tokens,

@@ -61,6 +61,11 @@ def test_the_json_of_a_study(cells, tmp_path):
     assert "| new | 5 | 0.860 [" in page
     assert page.index("| new |") < page.index(f"| {CONTINUED} (baseline) |"), "the best first"
     assert "(holds 0)" in page
+    assert "below the best validation score" not in page
+    result["arms"]["new"]["1"] |= {"em": 0.6, "best_validation_em": 0.9}
+    assert "Ended 0.1 or more below the best validation score of their run: new:1 (0.900, then 0.600)." in report(
+        result, "toy.png"
+    )
     draw(tmp_path / "toy.png", result)
     assert (tmp_path / "toy.png").read_bytes().startswith(b"\x89PNG")
 

@@ -176,6 +176,7 @@ def test_a_warm_start_takes_the_place_of_the_warm_up(finished, tmp_path):
     found = train(second, tmp_path / "run")
     assert found["weights_sha256"] == result["weights_sha256"]
     assert found["warm_start"] == result["warm_start"]
+    assert (found["oracle"], found["random"]) == (result["oracle"], result["random"])
     assert without_times(rows_of(tmp_path / "run")) == without_times(rows_of(directory)[4:])
     second.warm_start = str(tmp_path / "nowhere")
     with pytest.raises(ValueError, match=r"warm_start is .*nowhere, which holds no finished run"):
