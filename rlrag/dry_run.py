@@ -18,7 +18,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rlrag import config, workdir
-from rlrag.data.task import Task, open_task
+from rlrag.data.task import Task, open_task, served
 from rlrag.learner import Programs
 from rlrag.mesh import DATA, make_mesh, sharding
 from rlrag.model.architecture import Architecture
@@ -27,6 +27,7 @@ from rlrag.model.transformer import pack
 from rlrag.objectives.update import TrainState, Update
 from rlrag.packing import empty_batch
 from rlrag.recipes.recipe import Stage
+from rlrag.retrieval.service import open_remote
 from rlrag.rollout import cache as kv
 from rlrag.rollout.advance import Spec, build_advance
 from rlrag.rollout.decoder import check, empty_inbox
@@ -60,14 +61,14 @@ def dry_run(experiment: config.Experiment, directory: Path) -> list[Plan]:
     config.check(experiment)
     if experiment.warm_start:
         workdir.finished(experiment)
-    task = open_task(experiment, directory)
-    stages = build_stages(experiment, task)
     mesh = make_mesh(experiment.mesh.data, experiment.mesh.model)
-    check_sizes(task, stages, mesh)
-    spec = build_spec(experiment, task)
-    check(spec, mesh.shape[DATA])
-    a = build_architecture(experiment, task)
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), open_remote(experiment.retriever, served(experiment), directory) as remote:
+        task = open_task(experiment, directory, remote)
+        stages = build_stages(experiment, task)
+        check_sizes(task, stages, mesh)
+        spec = build_spec(experiment, task)
+        check(spec, mesh.shape[DATA])
+        a = build_architecture(experiment, task)
         return [plan(experiment, task, stage, stages, a, spec, mesh) for stage in stages if stage.steps]
 
 

@@ -13,17 +13,18 @@ from rlrag import config
 from rlrag.agents.workflow import Script, drive
 from rlrag.checkpoint import Checkpoints, load_config
 from rlrag.console import LINE_EVERY_S, Bar, bar, say
-from rlrag.data.task import Task, open_source, open_task
+from rlrag.data.task import Task, open_source, open_task, served
 from rlrag.mesh import make_mesh
 from rlrag.model.parameters import initialize, shardings
 from rlrag.model.transformer import DecodeWeights, pack
 from rlrag.recipes.recipe import Recipe
-from rlrag.retrieval.client import Index
+from rlrag.retrieval.index import Index
+from rlrag.retrieval.service import open_remote
 from rlrag.rewards.answer import exact_match, f1
 from rlrag.rewards.paid import Paid
 from rlrag.rollout.engine import Engine, Play
 from rlrag.setup import acting_models, build_architecture, build_engine, build_stages
-from rlrag.trajectory import Example, Group, Trajectory
+from rlrag.trajectory import Example, Group, SearchUnavailable, Trajectory
 
 CONFIDENCE = 0.95
 RESAMPLES = 2000
@@ -64,9 +65,9 @@ def evaluate_checkpoint(workdir: Path, data: str, format: str | None = None) -> 
     step = checkpoints.latest() if checkpoints else None
     if checkpoints is None or step is None:
         raise ValueError(f"{workdir} holds no checkpoint yet: let the training reach its first one")
-    task, examples = open_evaluation(experiment, workdir, data, format)
     mesh = make_mesh(experiment.mesh.data, experiment.mesh.model)
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), open_remote(experiment.retriever, served(experiment), None) as remote:
+        task, examples = open_evaluation(experiment, workdir, data, format, remote)
         a = build_architecture(experiment, task)
         like = jax.jit(lambda: initialize(a, jax.random.key(0)), out_shardings=shardings(a, mesh))()
         stages = build_stages(experiment, task)
@@ -78,8 +79,8 @@ def evaluate_checkpoint(workdir: Path, data: str, format: str | None = None) -> 
         with bar("evaluate", len(examples), first_line_s=LINE_EVERY_S) as progress:
             rows = evaluate(engine, weights, examples, recipe, progress=Shown(progress))
         engine.close()
-    for name, summary in bounds(task, examples).items():
-        say(f"{name} policy: EM {summary['em']:.4f}")
+        for name, summary in bounds(task, examples).items():
+            say(f"{name} policy: EM {summary['em']:.4f}")
     return rows
 
 
@@ -101,7 +102,7 @@ class Shown:
 
 
 def open_evaluation(
-    experiment: config.Experiment, workdir: Path, data: str, format: str | None
+    experiment: config.Experiment, workdir: Path, data: str, format: str | None, remote: Index | None = None
 ) -> tuple[Task, Sequence[Example]]:
     """The task a checkpoint was trained for, and the questions to ask it. A run's own tokenizer goes before all."""
     of_world, asks_world = experiment.data.train.startswith("world:"), data.startswith("world:")
@@ -111,7 +112,7 @@ def open_evaluation(
         experiment.data.test = data  # opening the task then sees whether it is the same world
     elif not of_world and not experiment.tokenizer.path and (workdir / "tokenizer").is_dir():
         experiment.tokenizer.path = str(workdir / "tokenizer")
-    task, examples = open_task(experiment, workdir), open_source(data, format or "")
+    task, examples = open_task(experiment, workdir, remote), open_source(data, format or "")
     if not of_world and not any(examples[row].gold for row in range(len(examples))):
         task = replace(task, bounds={name: task.bounds[name] for name in task.bounds if name != "oracle"})
     try:
@@ -182,14 +183,17 @@ def search_recall(
     best = {}
     for start in range(0, len(queries), QUERIES_A_CALL):
         some = queries[start : start + QUERIES_A_CALL]
-        best |= zip(some, index.search(some, max(ks)), strict=True)
+        try:
+            best |= zip(some, index.search(some, max(ks)), strict=True)
+        except SearchUnavailable as error:
+            say(f"the recall of {len(some)} queries is not measured: {error.reason}")
 
     def share(gold: Sequence[str], queries: Sequence[str], k: int) -> float:
         found = {passage.id for query in queries for passage in best[query][:k]}
         return len(found.intersection(gold)) / len(set(gold))
 
     return [
-        {f"recall@{k}": share(t.example.gold, queries, k) for k in ks} if counts else {}
+        {f"recall@{k}": share(t.example.gold, queries, k) for k in ks} if counts and best.keys() >= {*queries} else {}
         for t, queries, counts in zip(trajectories, asked, known)
     ]
 

@@ -12,7 +12,7 @@ from rlrag.loading import load_function
 from rlrag.mesh import DATA
 from rlrag.model.architecture import Architecture
 from rlrag.recipes.recipe import WARM_UP, Stage
-from rlrag.retrieval.client import InProcess
+from rlrag.retrieval.client import CachedRetriever
 from rlrag.rollout.advance import Spec
 from rlrag.rollout.decoder import Decoder
 from rlrag.rollout.engine import Engine
@@ -78,11 +78,11 @@ def build_engine(
     r, spec = experiment.rollout, build_spec(experiment, task)
     token_bytes, end_id = task.tokenizer.token_bytes(), task.tokenizer.end_id
     decoders = {model: Decoder(a, spec, token_bytes, end_id, mesh, r.max_stop_states) for model in models}
-    retriever = InProcess(
-        task.index,
-        cache_size=experiment.retriever.cache_size,
-        deadline_s=experiment.retriever.deadline_s,
-        latency_s=experiment.retriever.latency_s,
+    s = experiment.retriever
+    # Searches over the network keep the deadline themselves; others cannot be stopped, only left behind.
+    deadline_s = None if s.url or s.spawn else s.deadline_s
+    retriever = CachedRetriever(
+        task.remote or task.index, cache_size=s.cache_size, deadline_s=deadline_s, latency_s=s.latency_s
     )
     return Engine(
         decoders, task.tokenizer.decode, retriever,

@@ -16,7 +16,7 @@ from rlrag.checkpoint import Checkpoints, digest
 from rlrag.collection import Collector
 from rlrag.console import LINE_EVERY_S, bar, headline, say
 from rlrag.data.sources import iterate
-from rlrag.data.task import Task, open_task
+from rlrag.data.task import Task, open_task, served
 from rlrag.episodes import EpisodeLog
 from rlrag.evaluate import Shown, bounds, evaluate, summarize, write_rows
 from rlrag.learner import Learner
@@ -27,6 +27,8 @@ from rlrag.model.parameters import Transformer, initialize, num_parameters, shar
 from rlrag.model.transformer import DecodeWeights, pack
 from rlrag.recipes.recipe import POLICY, WARM_UP, Stage
 from rlrag.report import describe, draw_curve, versions
+from rlrag.retrieval.index import Index
+from rlrag.retrieval.service import open_remote
 from rlrag.rollout.engine import Engine
 from rlrag.setup import acting_models, build_architecture, build_engine, build_stages, check_sizes
 from rlrag.signals import Stopping
@@ -97,8 +99,9 @@ def train(experiment: config.Experiment, directory: Path) -> dict[str, Any]:
     if experiment.warm_start and not workdir.holds_checkpoint(directory):
         workdir.finished(experiment)
     mesh = make_mesh(experiment.mesh.data, experiment.mesh.model)
-    with jax.set_mesh(mesh), Stopping() as stopping:
-        run = set_up(experiment, directory, mesh, stopping)
+    service = open_remote(experiment.retriever, served(experiment), directory)
+    with jax.set_mesh(mesh), Stopping() as stopping, service as remote:
+        run = set_up(experiment, directory, mesh, stopping, remote)
         try:
             result = conclude(run, play_stages(run))
         except BaseException:
@@ -109,8 +112,10 @@ def train(experiment: config.Experiment, directory: Path) -> dict[str, Any]:
         return result
 
 
-def set_up(experiment: config.Experiment, directory: Path, mesh: jax.sharding.Mesh, stopping: Stopping) -> Run:
-    task = open_task(experiment, directory)
+def set_up(
+    experiment: config.Experiment, directory: Path, mesh: jax.sharding.Mesh, stopping: Stopping, remote: Index | None
+) -> Run:
+    task = open_task(experiment, directory, remote)
     a, stages = build_architecture(experiment, task), build_stages(experiment, task)
     check_sizes(task, stages, mesh)
     engine = build_engine(experiment, task, a, mesh, acting_models(stages))

@@ -19,6 +19,14 @@ SEARCH_FAILED = "search_failed"  # a search was answered by an error: shown, cou
 FAILED = "failed"  # the workflow itself raised: counted, left out of the update
 
 
+class SearchUnavailable(Exception):
+    """A search gave no answer; `reason` says why in one line. What a retriever raises, and an episode is told."""
+
+    def __init__(self, reason: str):
+        super().__init__(reason)
+        self.reason = reason
+
+
 @dataclass(frozen=True, slots=True)
 class Passage:
     """A retrieved text. `score` is the retriever's own scale, higher is better."""

@@ -101,7 +101,11 @@ def finger_print(directory: Path) -> dict:
     found = {"result": json.loads((directory / "result.json").read_text())}
     for name in ("seconds", "config"):
         del found["result"][name]
-    found["rows"] = [{k: v for k, v in row.items() if not k.endswith(TIMES)} for row in rows_of(directory)]
+    counted = "rollout/retriever/"  # what a cache still knew
+    found["rows"] = [
+        {k: v for k, v in row.items() if not k.endswith(TIMES) and not k.startswith(counted)}
+        for row in rows_of(directory)
+    ]
     for name in ("predictions_final.jsonl", "predictions_warm_start.jsonl"):
         found[name] = (directory / name).read_text() if (directory / name).exists() else ""
     for name in ("alarms.jsonl", "episodes.jsonl"):

@@ -127,7 +127,7 @@ def wrong(path, value):
         ("main.until_metric", "em", "main.until_metric is 'em' but main.evaluate_every 0: give a number of steps"),
         ("model.num_kv_heads", 3, "model.num_heads is 8, not a multiple of num_kv_heads 3"),
         ("model.dtype", "float16", "model.dtype is 'float16': choose float32 or bfloat16"),
-        ("retriever.kind", "dense", "retriever.kind is 'dense': choose 'world' or 'bm25'"),
+        ("retriever.kind", "dense", "retriever.kind is 'dense': choose 'world' or 'bm25' or 'index'"),
         ("reward.metric", "accuracy", "reward.metric is 'accuracy': choose 'em' or"),
         ("agent.k", -1, "agent.k is -1: give at least 0"),
     ],

@@ -17,7 +17,8 @@ from rlrag.evaluate import (
     summarize,
     write_rows,
 )
-from rlrag.retrieval.index import Bm25Index, read_corpus
+from rlrag.retrieval.bm25 import Bm25Index
+from rlrag.retrieval.corpus import read_corpus
 from rlrag.train import train
 from rlrag.trajectory import Example, Outcome, Passage, SearchRecord, Trajectory
 from tests.experiments import tiny

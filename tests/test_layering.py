@@ -47,8 +47,15 @@ RULES = {
     "rlrag.agents.tokenizer": Rule("rlrag.agents rlrag.trajectory", "numpy tokenizers"),
     "rlrag.rewards": Rule("rlrag.rewards rlrag.trajectory", "numpy"),
     "rlrag.retrieval": Rule("rlrag.retrieval rlrag.trajectory", "numpy faiss bm25s"),
+    "rlrag.retrieval.wire": Rule("rlrag.retrieval rlrag.trajectory", "orjson"),
+    "rlrag.retrieval.server": Rule("rlrag.retrieval", "starlette prometheus_client"),
+    "rlrag.retrieval.remote": Rule("rlrag.retrieval rlrag.trajectory", "urllib3 tenacity"),
+    "rlrag.retrieval.quality": Rule("rlrag.retrieval", ""),
+    "rlrag.retrieval.service": Rule("rlrag.retrieval rlrag.config", ""),
+    "rlrag.retrieval.directory": Rule("rlrag.retrieval rlrag.trajectory rlrag.loading", "numpy"),
+    "rlrag.retrieval.milvus_collection": Rule("rlrag.retrieval rlrag.trajectory", "numpy pymilvus milvus_lite grpc"),
     "rlrag.retrieval.dense": Rule("rlrag.retrieval rlrag.trajectory rlrag.model rlrag.mesh", "jax numpy"),
-    "rlrag.retrieval.embed": Rule("rlrag.retrieval rlrag.trajectory rlrag.model rlrag.mesh", "jax numpy"),
+    "rlrag.retrieval.embed": Rule("rlrag.retrieval rlrag.trajectory rlrag.model rlrag.mesh", "jax numpy tokenizers"),
     "rlrag.data": Rule(
         "rlrag.data rlrag.trajectory rlrag.agents", "numpy grain tensorflow_datasets array_record pyarrow"
     ),
@@ -93,6 +100,9 @@ RULES = {
     "launch.study": Rule("launch rlrag.study rlrag.results", "absl"),
     "launch.view": Rule("launch rlrag.view", "absl"),
     "launch.prepare_data": Rule("launch rlrag.data rlrag.trajectory", "absl numpy tensorflow_datasets"),
+    "launch.evaluate_retrieval": Rule("launch rlrag.retrieval", "absl"),
+    "launch.build_index": Rule("launch rlrag.retrieval rlrag.console", "absl"),
+    "launch.serve_retrieval": Rule("launch rlrag.retrieval rlrag.data.task", "absl uvicorn prometheus_client"),
     "launch.bench": Rule("launch kernels rlrag", "absl jax flax optax numpy"),
 }
 

@@ -27,6 +27,7 @@ from rlrag.trajectory import (
     Outcome,
     Passage,
     SearchRecord,
+    SearchUnavailable,
     Span,
     Stream,
     Trajectory,
@@ -264,7 +265,10 @@ def drive(
             elif isinstance(request, Search):
                 start = time.perf_counter()
                 scope = request.scope if request.scope is not None else example.scope
-                found = Found(search(request.queries, request.k, scope))
+                try:
+                    found = Found(search(request.queries, request.k, scope))
+                except SearchUnavailable as error:  # as with the engine: shown, marked, left out of the update
+                    found = Found([[] for _ in request.queries], f"SearchUnavailable: {error.reason}")
                 episode.searched(request, found, time.perf_counter() - start)
                 episode.reply(ticket, found)
             else:

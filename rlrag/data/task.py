@@ -17,7 +17,7 @@ from rlrag.agents.tokenizer import Tokenizer
 from rlrag.agents.workflow import Mode, Script, Steps, drive
 from rlrag.config import Agent, Data, Experiment
 from rlrag.loading import load_function
-from rlrag.retrieval.client import Index
+from rlrag.retrieval.index import Index
 from rlrag.trajectory import Example, Trajectory
 
 
@@ -37,17 +37,19 @@ class Task:
 
     tokenizer: Tokenizer
     workflow: LimitedWorkflow
-    index: Index
+    index: Index  # what scripted policies search
     train: Sequence[Example]
     validation: Sequence[Example]
     test: Sequence[Example]
     demonstrate: Callable[[Example, int], Trajectory] | None = None
+    remote: Index | None = None  # what the policy searches, where that is another
     bounds: Mapping[str, Callable[[Example], Script]] = dataclasses.field(default_factory=dict)
 
 
-def open_task(experiment: Experiment, workdir: Path | None = None) -> Task:
+def open_task(experiment: Experiment, workdir: Path | None = None, remote: Index | None = None) -> Task:
     """The task an experiment's `data`, `retriever`, `tokenizer` and `agent` describe. workdir: the run's directory,
-    where a tokenizer that is trained on a corpus is kept (None: nowhere)."""
+    where a tokenizer that is trained on a corpus is kept (None: nowhere). remote: what searches instead of an index in
+    this process (rlrag.retrieval.service)."""
     data = experiment.data
     specs = {"data.train": data.train, "data.validation": data.validation, "data.test": data.test}
     of_world = {spec.partition(":")[0] == "world" for spec in specs.values()}
@@ -55,7 +57,7 @@ def open_task(experiment: Experiment, workdir: Path | None = None) -> Task:
         listed = ", ".join(f"{name} is {spec!r}" for name, spec in specs.items())
         raise ValueError(f"{listed}: take all from a world, or all from files")
     if of_world == {True}:
-        task = open_world_task(experiment)
+        task = open_world_task(experiment, remote)
     elif experiment.retriever.kind == "none":
         from rlrag.data.own import open_own_task
 
@@ -63,7 +65,7 @@ def open_task(experiment: Experiment, workdir: Path | None = None) -> Task:
     else:
         from rlrag.data.text import open_text_task  # reads corpora and trains tokenizers; worlds need neither
 
-        task = open_text_task(experiment, workdir)
+        task = open_text_task(experiment, workdir, remote)
     if experiment.workflow:
         task = dataclasses.replace(task, workflow=own_workflow(experiment, task), demonstrate=None, bounds={})
     if experiment.warm_up.steps and not experiment.warm_start and task.demonstrate is None:
@@ -147,7 +149,15 @@ def open_source(spec: str, format: str = "") -> Sequence[Example]:
     return open_file(spec, format or None)
 
 
-def open_world_task(experiment: Experiment) -> Task:
+def served(experiment: Experiment) -> str:
+    """What a retrieval server of this experiment serves, as launch.serve_retrieval names it."""
+    r = experiment.retriever
+    return {"world": experiment.data.train, "bm25": f"bm25:{r.corpus}", "milvus": f"milvus:{r.index}"}.get(
+        r.kind, r.index
+    )
+
+
+def open_world_task(experiment: Experiment, remote: Index | None = None) -> Task:
     data: Data = experiment.data
     world, _ = parse_world(data.train)
     for name in ("validation", "test"):
@@ -175,7 +185,7 @@ def open_world_task(experiment: Experiment) -> Task:
         "random": lambda example: policies.random_policy(example, 0),
     }
     sources = (open_source(spec) for spec in (data.train, data.validation, data.test))
-    return Task(tokenizer, agent, index, *sources, demonstrate=demonstrate, bounds=bounds)
+    return Task(tokenizer, agent, index, *sources, demonstrate=demonstrate, remote=remote, bounds=bounds)
 
 
 def agent_changes(agent: Agent) -> dict[str, Any]:

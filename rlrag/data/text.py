@@ -10,25 +10,26 @@ nothing without its vocabulary and a corpus can change.
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rlrag.agents.search import SearchAgent
 from rlrag.agents.tags import Tags
 from rlrag.agents.tokenizer import Tokenizer, train_bpe
 from rlrag.agents.workflow import Script
-from rlrag.config import Experiment
+from rlrag.config import Experiment, Retriever
 from rlrag.data.task import Task, agent_changes, open_source
 from rlrag.data.traces import Traces
-from rlrag.retrieval.client import Index
-from rlrag.retrieval.index import Bm25Index, read_corpus
+from rlrag.retrieval.bm25 import Bm25Index
+from rlrag.retrieval.corpus import StoredPassages, read_corpus
+from rlrag.retrieval.index import Index, Openings
 from rlrag.trajectory import Example, Passage, Trajectory
 
 TRAINED_ON = "trained_on.json"  # beside a kept tokenizer: what it was trained on
 
 
-def open_text_task(experiment: Experiment, workdir: Path | None = None) -> Task:
+def open_text_task(experiment: Experiment, workdir: Path | None = None, remote: Index | None = None) -> Task:
     """The task of an experiment whose data are not a world's. workdir: the run's directory, which keeps the tokenizer.
+    remote: what searches instead of an index in this process.
 
     Demonstrations need the supporting passages (`gold`); a question without them is searched for by its own words.
     Raises ValueError, naming the field and the remedy, for what is missing or does not fit.
@@ -37,7 +38,7 @@ def open_text_task(experiment: Experiment, workdir: Path | None = None) -> Task:
     tokenizer = open_tokenizer(experiment, corpus_texts(passages), workdir)
     tokenizer.pad_to(experiment.model.vocab_size)  # before the agent reads the vocabulary
     agent = SearchAgent(tokenizer, **agent_changes(experiment.agent))
-    index = Openings(Bm25Index(passages), experiment.retriever.passage_words)
+    index = Openings(remote or open_local(experiment.retriever, passages), experiment.retriever.passage_words)
     data = experiment.data
     train, validation, test = (open_source(spec, data.format) for spec in (data.train, data.validation, data.test))
     traces = Traces(agent, {passage.id: passage for passage in passages})
@@ -58,36 +59,39 @@ def open_text_task(experiment: Experiment, workdir: Path | None = None) -> Task:
     return Task(tokenizer, agent, index, train, validation, test, demonstrate=demonstrate, bounds=bounds)
 
 
-@dataclass(frozen=True)
-class Openings:
-    """An index that searches whole passages and returns their first `words` words (0: all), so that a short
-    observation shows the opening of each and not the whole of one."""
+def open_local(retriever: Retriever, passages: Sequence[Passage]) -> Index:
+    """The index in this process."""
+    if retriever.kind == "bm25":
+        return Bm25Index(passages)
+    from rlrag.retrieval.directory import open_index
 
-    index: Index
-    words: int
-
-    def search(self, queries: Sequence[str], k: int, scopes: Sequence[str | None] | None = None) -> list[list[Passage]]:
-        found = self.index.search(queries, k, scopes)
-        return [[self._opening(passage) for passage in passages] for passages in found] if self.words else found
-
-    def _opening(self, passage: Passage) -> Passage:
-        return replace(passage, text=" ".join(passage.text.split()[: self.words]))
+    source = f"milvus:{retriever.index}" if retriever.kind == "milvus" else retriever.index
+    return open_index(source, encoder=retriever.encoder, rerank=retriever.rerank, depth=retriever.depth)
 
 
 def read_passages(experiment: Experiment) -> list[Passage]:
-    """The corpus of an experiment."""
+    """The corpus of an experiment: the file it names, or what is stored beside its index. Demonstrations and a
+    tokenizer are made from it; none where neither is wanted and the search is done elsewhere."""
     retriever = experiment.retriever
-    if retriever.kind != "bm25":
+    if retriever.kind == "world":
         raise ValueError(
-            f"retriever.kind is {retriever.kind!r}, which does not search a corpus: questions from files need "
+            "retriever.kind is 'world', which does not search a corpus: questions from files need "
             "--config.retriever.kind=bm25 and --config.retriever.corpus=FILE"
         )
-    if not Path(retriever.corpus).is_file():
-        raise ValueError(
-            f"retriever.corpus is {retriever.corpus!r}, which is no file (seen from {Path.cwd()}): give "
-            "--config.retriever.corpus=FILE, JSONL of {id, title, text} or {id, contents}"
-        )
-    return list(read_corpus(retriever.corpus))
+    if retriever.corpus and Path(retriever.corpus).is_file():
+        return list(read_corpus(retriever.corpus))
+    first = Path(retriever.index.split(",")[0])
+    if not retriever.corpus and retriever.kind == "index" and first.is_dir():
+        return list(StoredPassages(first))
+    elsewhere = retriever.url or retriever.kind == "milvus"
+    demonstrated = experiment.warm_up.steps and not experiment.warm_start
+    if not retriever.corpus and elsewhere and experiment.tokenizer.path and not demonstrated:
+        return []
+    wanted_for = "" if retriever.kind == "bm25" else ", from which demonstrations and a tokenizer are made"
+    raise ValueError(
+        f"retriever.corpus is {retriever.corpus!r}, which is no file (seen from {Path.cwd()}): give "
+        f"--config.retriever.corpus=FILE, JSONL of {{id, title, text}} or {{id, contents}}{wanted_for}"
+    )
 
 
 def corpus_texts(passages: Sequence[Passage]) -> list[str]:

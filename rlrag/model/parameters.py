@@ -106,13 +106,26 @@ def map_leaves(function: Callable[[Leaf], object], architecture: Architecture):
 
 def shardings(architecture: Architecture, mesh: Mesh):
     """NamedSharding of every parameter."""
-    return map_leaves(lambda leaf: sharding(mesh, leaf.axes, leaf.shape), architecture)
+    return laid(describe(architecture), mesh)
 
 
 def initialize(architecture: Architecture, key: jax.Array) -> Transformer:
     """Fresh parameters in `param_dtype`; the value of a leaf depends on the key and its place in the tree alone."""
-    leaves, tree = jax.tree.flatten(describe(architecture), is_leaf=is_leaf)
-    dtype = jnp.dtype(architecture.param_dtype)
+    return drawn(describe(architecture), architecture.param_dtype, key)
+
+
+# Of any described tree: the decoder's, an encoder's.
+
+
+def laid(description: Any, mesh: Mesh) -> Any:
+    """NamedSharding of every leaf of a description."""
+    return jax.tree.map(lambda leaf: sharding(mesh, leaf.axes, leaf.shape), description, is_leaf=is_leaf)
+
+
+def drawn(description: Any, param_dtype: str, key: jax.Array) -> Any:
+    """Initial values of every leaf of a description."""
+    leaves, tree = jax.tree.flatten(description, is_leaf=is_leaf)
+    dtype = jnp.dtype(param_dtype)
 
     def draw(index: int, leaf: Leaf) -> jax.Array:
         if leaf.stddev == 0:

@@ -1,8 +1,9 @@
-"""What a searcher sees of retrieval: one protocol, and its implementation inside this process.
+"""What a searcher sees of retrieval: one protocol, and its implementation over any index, near or far.
 
 Rollouts call `search` from many host threads at once. A search either answers within its deadline or raises
 `SearchUnavailable`; it never hangs an episode and never answers a failure with an empty list, which would look like
-"nothing found". Retries are deliberately absent: within a process a search that failed would fail again.
+"nothing found". Retries are deliberately absent here: within a process a search that failed would fail again, and an
+index over the network (rlrag/retrieval/remote.py) has its own.
 """
 
 import hashlib
@@ -14,29 +15,14 @@ from typing import Protocol
 
 import numpy as np
 
-from rlrag.trajectory import Passage
+from rlrag.retrieval.index import Index
+from rlrag.trajectory import Passage, SearchUnavailable
 
 _Key = tuple[str, int, str | None]  # query, k, scope
 
 
-class SearchUnavailable(Exception):
-    """A search gave no answer; `reason` says why in one line."""
-
-    def __init__(self, reason: str):
-        super().__init__(reason)
-        self.reason = reason
-
-
-class Index(Protocol):
-    """Anything that finds passages: at most k for each query, best first. scopes: a sub-corpus for each query."""
-
-    def search(
-        self, queries: Sequence[str], k: int, scopes: Sequence[str | None] | None = None
-    ) -> list[list[Passage]]: ...
-
-
 class Retriever(Protocol):
-    """The interface of retrieval, in process or over the network. Safe to call from many threads at once."""
+    """The interface of retrieval, whatever index is behind it. Safe to call from many threads at once."""
 
     def search(self, queries: Sequence[str], k: int, scopes: Sequence[str | None] | None = None) -> list[list[Passage]]:
         """At most k passages for each query, best first. scopes: a sub-corpus for each query (None: the whole).
@@ -47,8 +33,9 @@ class Retriever(Protocol):
         ...
 
     def metrics(self) -> dict[str, float]:
-        """Totals since the start: requests, queries, cache_hits, failures (requests), and the latency of the last
-        requests as their callers saw it: latency_p50_s, latency_p99_s (0 before the first)."""
+        """Totals since the start: requests, queries, cache_hits, failures (requests), and what the index itself
+        counts; and the latency of the last requests as their callers saw it: latency_p50_s, latency_p99_s (0 before
+        the first)."""
         ...
 
     def close(self) -> None:
@@ -56,12 +43,12 @@ class Retriever(Protocol):
         ...
 
 
-class InProcess:
-    """A retriever over an index in this process, with a cache, a deadline, and injected trouble for tests.
+class CachedRetriever:
+    """A retriever over an index, with a cache, a deadline, and injected trouble for tests.
 
     cache_size: queries whose answers are kept, the least recently used going first (0: none).
-    deadline_s: seconds a request may take, injected latency included (None: any). A search that outlasts it goes on
-      in its thread, which cannot be stopped, and its late answer is dropped.
+    deadline_s: seconds a request may take, injected latency included (None: any, or the index has its own). A search
+      that outlasts it goes on in its thread, which cannot be stopped, and its late answer is dropped.
     latency_s, jitter_s: every request that is not answered wholly from the cache first waits latency_s plus a share
       of jitter_s; waiting requests do not hold each other up.
     error_rate: the share of requests, before the cache is filled, that raise SearchUnavailable.
@@ -128,7 +115,8 @@ class InProcess:
         with self._lock:
             totals, latencies_s = dict(self._totals), list(self._latencies_s)
         p50, p99 = np.percentile(latencies_s, [50, 99]).tolist() if latencies_s else (0.0, 0.0)
-        return totals | {"latency_p50_s": p50, "latency_p99_s": p99}
+        own = getattr(self._index, "metrics", dict)()
+        return own | totals | {"latency_p50_s": p50, "latency_p99_s": p99}
 
     def close(self) -> None:
         with self._lock:

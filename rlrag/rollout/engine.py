@@ -33,6 +33,11 @@ class Searcher(Protocol):
     ) -> list[list[Passage]]: ...
 
 
+def counted(searcher: Searcher | None) -> dict[str, float]:
+    """What a retriever has counted since its start, where it counts."""
+    return getattr(searcher, "metrics", dict)()
+
+
 @dataclass(frozen=True)
 class Play:
     """Everything a rollout needs beside weights and examples."""
@@ -57,6 +62,7 @@ class EngineUsage:
     workflow_s: float = 0.0  # inside workflow generators
     seconds: float = 0.0
     decoders: dict[str, Usage] = field(default_factory=dict)
+    retriever: dict[str, float] = field(default_factory=dict)  # what it counted meanwhile, and its latency now
 
     def metrics(self) -> dict[str, float]:
         total = {name: sum(getattr(u, name) for u in self.decoders.values()) for name in Usage.__dataclass_fields__}
@@ -76,6 +82,7 @@ class EngineUsage:
             "starved_s": self.starved_s,
             "search_wait_s": self.search_s / max(self.searches, 1),
             "searches_per_batch": self.searches / max(self.search_batches, 1),
+            **{f"retriever/{name}": value for name, value in self.retriever.items()},
         }
 
 
@@ -139,6 +146,7 @@ class Engine:
         self.usage = EngineUsage()
         begin = time.perf_counter()
         before = {name: Usage(**vars(decoder.usage)) for name, decoder in self.decoders.items()}
+        counted_before = counted(self.searcher)
         for name, decoder in self.decoders.items():
             decoder.start(weights[name], root)
         shards = min(decoder.shards for decoder in self.decoders.values())
@@ -157,6 +165,7 @@ class Engine:
                 while delivered < len(examples) and len(finished[delivered]) == play.group_size:
                     self.usage.seconds = time.perf_counter() - begin
                     self.usage.decoders = {name: d.usage - before[name] for name, d in self.decoders.items()}
+                    self.usage.retriever = since(counted(self.searcher), counted_before)
                     runs = sorted(finished[delivered], key=lambda r: r.episode.trajectory.sample)
                     yield Group(examples[delivered], [r.episode.trajectory for r in runs])
                     finished[delivered] = []
@@ -274,6 +283,9 @@ class Engine:
         self.usage.workflow_s += time.perf_counter() - begin
 
     def _search(self, tickets: list[_Ticket], k: int) -> None:
+        self._done.put((tickets, self._find(tickets, k)))
+
+    def _find(self, tickets: list[_Ticket], k: int) -> list[Found]:
         """On a host thread: one retriever call for the queries of many episodes."""
         queries, scopes = [], []
         for ticket in tickets:
@@ -284,12 +296,13 @@ class Engine:
         try:
             assert self.searcher is not None
             results = iter(self.searcher.search(queries, k, scopes))
-            replies = [Found([next(results) for _ in ticket.request.queries]) for ticket in tickets]
+            return [Found([next(results) for _ in ticket.request.queries]) for ticket in tickets]
         except Exception as error:
+            if isinstance(error, ValueError) and len(tickets) > 1:  # one query is wrong: the others are not
+                return [found for ticket in tickets for found in self._find([ticket], k)]
             # Whatever a retriever raises becomes an observation the policy sees and a mark the update sees.
             reason = f"{type(error).__name__}: {error}"
-            replies = [Found([[] for _ in ticket.request.queries], reason) for ticket in tickets]
-        self._done.put((tickets, replies))
+            return [Found([[] for _ in ticket.request.queries], reason) for ticket in tickets]
 
     def _call_tool(self, ticket: _Ticket, tools: Mapping[str, Callable]) -> None:
         self._done.put(([ticket], [call_tool(ticket.request, tools)]))
@@ -333,6 +346,14 @@ class Engine:
             self._outstanding -= 1
         for decoder in self.decoders.values():
             decoder.finish()
+
+
+def since(now: Mapping[str, float], before: Mapping[str, float]) -> dict[str, float]:
+    """What was counted since: totals are subtracted; what is a state or a time (`_s`) stays."""
+    return {
+        name: value if name.endswith("_s") or name == "servers_down" else value - before.get(name, 0.0)
+        for name, value in now.items()
+    }
 
 
 def batches(items: Sequence[Any], size: int) -> Iterator[list[Any]]:

@@ -5,7 +5,7 @@ from rlrag.config import Agent, Data, Experiment, Retriever, Tokenizer
 from rlrag.data.task import open_task
 from rlrag.data.text import Openings, corpus_texts, open_text_task, open_tokenizer, read_passages
 from rlrag.evaluate import play_script, summarize
-from rlrag.retrieval.index import Bm25Index
+from rlrag.retrieval.bm25 import Bm25Index
 from tests.films import write_films
 from tests.shared_data import FIXTURES, present
 

@@ -9,7 +9,8 @@ from rlrag.agents.tokenizer import train_bpe
 from rlrag.agents.workflow import drive
 from rlrag.data.selection import open_file
 from rlrag.data.traces import Mistakes, Traces, hop_order, invented_question, mentions
-from rlrag.retrieval.index import Bm25Index, read_corpus
+from rlrag.retrieval.bm25 import Bm25Index
+from rlrag.retrieval.corpus import read_corpus
 from rlrag.rewards.answer import exact_match
 from rlrag.rewards.format import SEARCH_R1_GRAMMAR, Grammar
 from rlrag.trajectory import COMPLETED, FORCED, TRUNCATED, Example, Passage

@@ -5,13 +5,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 
-def test_bench_prints_a_row_for_each_latency(tmp_path: Path):
+
+@pytest.mark.parametrize("server", ["--noserver", "--server"])
+def test_bench_prints_a_row_for_each_latency(tmp_path: Path, server: str):
     out = tmp_path / "figures.json"
     command = [
         sys.executable, "-m", "launch.bench", "--latencies_ms=0,20", "--rounds=1", "--episodes=12", "--max_episodes=8",
         "--num_slots=4", "--turns=2", "--turn_tokens=6", "--document_tokens=4", "--prompt_tokens=8", "--layers=1",
-        "--embed_dim=64", "--vocabulary=64", f"--out={out}",
+        "--embed_dim=64", "--vocabulary=64", f"--out={out}", server,
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2], timeout=200)
     assert done.returncode == 0, done.stderr

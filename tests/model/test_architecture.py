@@ -2,7 +2,7 @@ import dataclasses
 
 import pytest
 
-from rlrag.model.architecture import Architecture
+from rlrag.model.architecture import Architecture, EncoderArchitecture
 
 
 @pytest.mark.parametrize(
@@ -24,9 +24,25 @@ def test_sizes_that_cannot_work_are_named(changes, message):
         Architecture(**changes).check()
 
 
-def test_equal_shapes_are_one_static_argument():
-    a = Architecture(num_layers=3)
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"embed_dim": 65}, "embed_dim is 65, not a multiple of num_heads 4"),
+        ({"max_positions": 0}, "max_positions is 0: give a positive number"),
+        ({"num_heads": 0}, "num_heads is 0: give a positive number"),
+        ({"norm_epsilon": 0.0}, "norm_epsilon is 0.0: give a number above 0"),
+        ({"param_dtype": "float16"}, "param_dtype is 'float16': choose float32 or bfloat16"),
+    ],
+)
+def test_sizes_of_an_encoder_that_cannot_work_are_named(changes, message):
+    with pytest.raises(ValueError, match=message):
+        EncoderArchitecture(**changes).check()
+
+
+@pytest.mark.parametrize("shape", [Architecture, EncoderArchitecture])
+def test_equal_shapes_are_one_static_argument(shape):
+    a = shape(num_layers=3)
     a.check()
     assert hash(a) == hash(dataclasses.replace(a))
-    assert a == Architecture(num_layers=3)
-    assert a != Architecture(num_layers=4)
+    assert a == shape(num_layers=3)
+    assert a != shape(num_layers=4)

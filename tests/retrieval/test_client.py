@@ -4,9 +4,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from rlrag.retrieval.client import InProcess, Retriever, SearchUnavailable
-from rlrag.retrieval.index import Bm25Index
-from rlrag.trajectory import Passage
+from rlrag.retrieval.bm25 import Bm25Index
+from rlrag.retrieval.client import CachedRetriever, Retriever
+from rlrag.trajectory import Passage, SearchUnavailable
 from tests.shared_data import FIXTURES
 
 
@@ -30,7 +30,7 @@ def ids(results):
 
 def test_answers_are_the_index_s_own():
     index = Bm25Index.from_jsonl(FIXTURES / "corpus_titled.jsonl")
-    retriever: Retriever = InProcess(index, deadline_s=30.0)
+    retriever: Retriever = CachedRetriever(index, deadline_s=30.0)
     queries = ["ada holt", "zebra", "bells", "ada holt"]
     assert retriever.search(queries, 2) == index.search(queries, 2)
     assert retriever.search([], 2) == []
@@ -38,7 +38,7 @@ def test_answers_are_the_index_s_own():
 
 def test_only_what_is_not_cached_reaches_the_index():
     index = Recorder()
-    retriever = InProcess(index)
+    retriever = CachedRetriever(index)
     assert ids(retriever.search(["a", "b", "a"], 3)) == [["a|3|None"], ["b|3|None"], ["a|3|None"]]
     assert ids(retriever.search(["b", "c"], 3)) == [["b|3|None"], ["c|3|None"]]
     assert ids(retriever.search(["a"], 4)) == [["a|4|None"]]  # another k is another question
@@ -55,18 +55,18 @@ def test_only_what_is_not_cached_reaches_the_index():
 
 
 def test_what_a_caller_does_to_its_answer_stays_with_it():
-    retriever = InProcess(Recorder())
+    retriever = CachedRetriever(Recorder())
     retriever.search(["a"], 1)[0].clear()
     assert ids(retriever.search(["a"], 1)) == [["a|1|None"]]
 
 
 def test_the_least_recently_used_query_leaves_the_cache():
     index = Recorder()
-    retriever = InProcess(index, cache_size=2)
+    retriever = CachedRetriever(index, cache_size=2)
     for query in ("a", "b", "a", "c", "a", "b"):  # c pushes b out, not a
         retriever.search([query], 1)
     assert [request[0][0] for request in index.requests] == ["a", "b", "c", "b"]
-    uncached = InProcess(index := Recorder(), cache_size=0)
+    uncached = CachedRetriever(index := Recorder(), cache_size=0)
     for _ in range(3):
         uncached.search(["a"], 1)
     assert len(index.requests) == 3
@@ -75,7 +75,7 @@ def test_the_least_recently_used_query_leaves_the_cache():
 def test_a_late_answer_is_dropped():
     release = threading.Event()
     index = Recorder(act=lambda: release.wait(20))
-    retriever = InProcess(index, deadline_s=0.05)
+    retriever = CachedRetriever(index, deadline_s=0.05)
     start = time.perf_counter()
     with pytest.raises(SearchUnavailable, match=r"no answer within the deadline of 0\.05 s"):
         retriever.search(["a"], 1)
@@ -91,7 +91,7 @@ def test_a_late_answer_is_dropped():
 
 def test_injected_latency_counts_against_the_deadline():
     index = Recorder()
-    retriever = InProcess(index, latency_s=30.0, deadline_s=0.05)
+    retriever = CachedRetriever(index, latency_s=30.0, deadline_s=0.05)
     start = time.perf_counter()
     with pytest.raises(SearchUnavailable, match="deadline"):
         retriever.search(["a"], 1)
@@ -100,7 +100,7 @@ def test_injected_latency_counts_against_the_deadline():
 
 
 def test_waiting_searches_overlap_and_hits_do_not_wait():
-    retriever = InProcess(Recorder(), latency_s=0.3)
+    retriever = CachedRetriever(Recorder(), latency_s=0.3)
     start = time.perf_counter()
     with ThreadPoolExecutor(200) as pool:
         results = list(pool.map(lambda n: retriever.search([f"q{n}"], 1), range(200)))
@@ -116,7 +116,7 @@ def test_waiting_searches_overlap_and_hits_do_not_wait():
 
 def test_injected_trouble_depends_on_the_request_and_not_on_threads():
     def failures(seed, workers):
-        retriever = InProcess(Recorder(), error_rate=0.3, jitter_s=0.01, seed=seed)
+        retriever = CachedRetriever(Recorder(), error_rate=0.3, jitter_s=0.01, seed=seed)
 
         def fails(n):
             try:
@@ -135,12 +135,12 @@ def test_injected_trouble_depends_on_the_request_and_not_on_threads():
     assert failures(0, 32) == first
     assert failures(1, 32) != first
     with pytest.raises(SearchUnavailable) as error:
-        InProcess(Recorder(), error_rate=1.0).search(["a"], 1)
+        CachedRetriever(Recorder(), error_rate=1.0).search(["a"], 1)
     assert error.value.reason == "injected failure (error_rate 1)"
 
 
 def test_many_threads_agree():
-    retriever = InProcess(Recorder(), cache_size=5)
+    retriever = CachedRetriever(Recorder(), cache_size=5)
 
     def check(n):
         queries = [f"q{n % 7}", f"q{n % 11}"]
@@ -158,9 +158,9 @@ def test_a_broken_index_is_unavailable_and_a_bad_request_is_the_caller_s(deadlin
         raise KeyError("shard 3")
 
     with pytest.raises(SearchUnavailable, match="the index failed: KeyError: 'shard 3'"):
-        InProcess(Recorder(broken), deadline_s=deadline_s).search(["a"], 1)
+        CachedRetriever(Recorder(broken), deadline_s=deadline_s).search(["a"], 1)
     index = Bm25Index.from_jsonl(FIXTURES / "corpus_titled.jsonl")
-    retriever = InProcess(index, deadline_s=deadline_s)
+    retriever = CachedRetriever(index, deadline_s=deadline_s)
     with pytest.raises(ValueError, match="no scope 'w1'"):
         retriever.search(["a"], 1, ["w1"])
     with pytest.raises(ValueError, match="k is 0"):
@@ -177,11 +177,11 @@ def test_an_index_that_answers_too_little_is_unavailable():
             return [[]]
 
     with pytest.raises(SearchUnavailable, match="answered 1 of 2 queries"):
-        InProcess(Short()).search(["a", "b"], 1)
+        CachedRetriever(Short()).search(["a", "b"], 1)
 
 
 def test_closed():
-    retriever = InProcess(Recorder())
+    retriever = CachedRetriever(Recorder())
     retriever.search(["a"], 1)
     retriever.close()
     with pytest.raises(SearchUnavailable, match="closed"):
@@ -194,8 +194,8 @@ def test_closed():
 )
 def test_bad_options_name_the_value(options):
     with pytest.raises(ValueError, match=str(next(iter(options.values()))).replace(".", r"\.")):
-        InProcess(Recorder(), **options)
+        CachedRetriever(Recorder(), **options)
 
 
 def test_metrics_before_the_first_request():
-    assert set(InProcess(Recorder()).metrics().values()) == {0.0}
+    assert set(CachedRetriever(Recorder()).metrics().values()) == {0.0}
