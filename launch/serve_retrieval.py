@@ -66,8 +66,11 @@ def main(values: flags.FlagValues) -> None:
     import uvicorn
     from uvicorn.supervisors import Multiprocess
 
+    from rlrag.retrieval.directory import check_source
+
     settings = {name: getattr(values, name) for name, _, _ in FLAGS} | {"index": values.index}
     build_settings(settings)  # what is wrong is told before anything starts
+    check_source(values.index)
     listening = open_socket(values.host, values.port, values.fd)
     host, port = listening.getsockname()[:2]
     os.environ[SETTINGS] = json.dumps(settings)

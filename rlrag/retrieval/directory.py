@@ -204,14 +204,13 @@ def open_index(source: str, *, encoder: str = "", rerank: str = "", depth: int =
     parts = [part for part in source.split(",") if part]
     if not parts:
         raise ValueError("index is empty: give a directory that launch.build_index made, or bm25:FILE")
+    check_source(source)
     opened = []
     for part in parts:
         kind, _, file = part.partition(":")
         if kind == "milvus":
             opened.append(open_milvus(file, given))
         elif kind == "bm25" and file:
-            if not Path(file).is_file():
-                raise ValueError(f"index is {part!r}, and {file} is no file: give bm25:FILE, JSONL of passages")
             opened.append(Bm25Index.from_jsonl(file))
         else:
             opened.append(open_directory(Path(part), encoder=given, verify=verify))
@@ -223,6 +222,17 @@ def open_index(source: str, *, encoder: str = "", rerank: str = "", depth: int =
             raise ValueError("rerank is 'encoder': say which with encoder")
         return Reranked(index, by_encoder(given), depth)
     return Reranked(index, load_function("rerank", rerank), depth)
+
+
+def check_source(source: str) -> None:
+    """What can be told of an index before it is opened, in no time: ValueError where it is not there or not whole."""
+    for part in filter(None, source.split(",")):
+        kind, _, file = part.partition(":")
+        if kind == "bm25" and file:
+            if not Path(file).is_file():
+                raise ValueError(f"index is {part!r}, and {file} is no file: give bm25:FILE, JSONL of passages")
+        elif kind not in ("milvus", "world"):
+            read_manifest(Path(part))
 
 
 def open_milvus(place: str, encoder: Encoder | None) -> Index:

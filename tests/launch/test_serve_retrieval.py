@@ -49,6 +49,16 @@ def test_a_port_that_is_taken_is_one_line():
             assert inherited.getsockname()[1] == port and inherited.family == socket.AF_INET
 
 
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [("nowhere", "nowhere is no index (none there)"), ("bm25:nowhere.jsonl", "nowhere.jsonl is no file")],
+)
+def test_an_index_that_is_not_there_is_one_line(index, message):
+    command = [sys.executable, "-m", "launch.serve_retrieval", f"--index={index}", "--port=0"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and message in done.stderr and done.stderr.count("\n") == 1
+
+
 def test_logs_are_one_json_object_a_line():
     record = logging.makeLogRecord({"msg": "answered %d", "args": (3,), "levelno": 20, "levelname": "INFO", "k": 5})
     fields = json.loads(JsonLines().format(record))

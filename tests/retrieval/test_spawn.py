@@ -10,7 +10,7 @@ import pytest
 
 from rlrag.retrieval.remote import HttpIndex, Policy
 from rlrag.retrieval.spawn import SpawnedServer
-from tests.retrieval.serving import HTTP, get
+from tests.retrieval.serving import HTTP
 from tests.shared_data import FIXTURES
 
 TITLED = f"--index=bm25:{FIXTURES / 'corpus_titled.jsonl'}"
@@ -108,7 +108,7 @@ def test_sigterm_answers_what_is_on_its_way(tmp_path):
 def test_a_server_that_cannot_start_is_told(tmp_path):
     server = SpawnedServer(["--index=bm25:nowhere.jsonl"], tmp_path / "log")
     until = time.monotonic() + 30
-    while get(f"{server.url}/ready")[1].get("detail", "").find("nowhere.jsonl is no file") < 0:
+    while "nowhere.jsonl is no file" not in server.said():
         assert time.monotonic() < until
         time.sleep(0.1)
     server.stop()
