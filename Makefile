@@ -13,8 +13,8 @@ UV := $(shell uv --version >/dev/null 2>&1 && echo uv)
 export UV_PYTHON_DOWNLOADS := never
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
-.PHONY: help venv minilm demo test test-matrix pytest lint kill-points fuzz disk-full retrieval-load memory-check \
-	bench lock
+.PHONY: help venv minilm demo test test-matrix pytest lint kill-points fuzz disk-full retrieval-load dense-bench \
+	memory-check bench lock
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -65,6 +65,9 @@ disk-full: $(INSTALLED) ## a training on a disk that is full, told and continued
 
 retrieval-load: $(INSTALLED) ## the retrieval server under load: throughput, 512 clients for a minute, memory (Linux)
 	$(RUN) -m tests.retrieval_load
+
+dense-bench: $(INSTALLED) ## dense search, exact and approximate: recall and queries a second
+	$(RUN) -m tests.dense_bench
 
 memory-check: $(INSTALLED) ## predicted against measured memory of a training of some GiB (CPU)
 	$(RUN) -m tests.memory_check

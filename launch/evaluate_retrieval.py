@@ -11,6 +11,7 @@ import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 
@@ -27,6 +28,7 @@ def define_flags(values: flags.FlagValues, argv: Sequence[str]) -> None:
     flags.DEFINE_string("encoder", "", "Instead of the one that an index names.", flag_values=values)
     flags.DEFINE_string("rerank", "", "module:function(query, passages) -> scores, or `encoder`.", flag_values=values)
     flags.DEFINE_integer("depth", 100, "Passages that fusing and reranking begin with.", flag_values=values)
+    flags.DEFINE_string("on_device", "", "How launch.serve_retrieval searches flat indexes.", flag_values=values)
     flags.DEFINE_list("measures", MEASURES, "Names with a rank, as ndcg@10.", flag_values=values)
     flags.DEFINE_string("out", "", "File for the figures as JSON, per query too.", flag_values=values)
 
@@ -41,10 +43,8 @@ def main(values: flags.FlagValues) -> None:
         raise ValueError("there is nothing to search: give --index or --url")
     judgments = quality.read_judgments(Path(values.qrels))
     queries = {id: text for id, text in quality.read_queries(Path(values.queries)).items() if id in judgments}
-    sources = [
-        (name, lambda name=name: open_index(name, encoder=values.encoder, rerank=values.rerank, depth=values.depth))
-        for name in values.index
-    ]
+    settings: dict[str, Any] = {name: values[name].value for name in ("encoder", "rerank", "depth", "on_device")}
+    sources = [(name, lambda name=name: open_index(name, **settings)) for name in values.index]
     sources += [(url, lambda url=url: HttpIndex([url])) for url in values.url]
     width = max(len(name) for name, _ in sources)
     print(f"{len(queries)} queries".ljust(width), *(f"{name:>10}" for name in values.measures), f"{'queries/s':>10}")

@@ -33,6 +33,7 @@ FLAGS = (  # name, default, help
     ("fd", -1, "File descriptor of a listening socket, instead of host and port."),
     ("workers", 1, "Processes. They share the index's files in memory."),
     ("topk", 3, "Passages for a request that does not say."),
+    ("on_device", "", "Search flat indexes on this machine's devices, rows as float32, bfloat16, float16 or int8."),
     ("depth", 100, "Passages that fusing and reranking begin with."),
     ("deadline_s", 10.0, "Seconds a request may take."),
     ("max_batch", 256, "Queries a search."),
@@ -70,7 +71,7 @@ def main(values: flags.FlagValues) -> None:
 
     settings = {name: getattr(values, name) for name, _, _ in FLAGS} | {"index": values.index}
     build_settings(settings)  # what is wrong is told before anything starts
-    check_source(values.index)
+    check_source(values.index, values.on_device)
     listening = open_socket(values.host, values.port, values.fd)
     host, port = listening.getsockname()[:2]
     os.environ[SETTINGS] = json.dumps(settings)
@@ -152,7 +153,7 @@ def app() -> Any:
             return parse_world(fields["index"])[0].index()
         return open_index(
             fields["index"], encoder=fields["encoder"], rerank=fields["rerank"], depth=fields["depth"],
-            verify=fields["verify"],
+            verify=fields["verify"], on_device=fields["on_device"],
         )  # fmt: skip
 
     def all_workers(own: CollectorRegistry) -> CollectorRegistry:

@@ -54,7 +54,7 @@ RULES = {
     "rlrag.retrieval.service": Rule("rlrag.retrieval rlrag.config", ""),
     "rlrag.retrieval.directory": Rule("rlrag.retrieval rlrag.trajectory rlrag.loading", "numpy"),
     "rlrag.retrieval.milvus_collection": Rule("rlrag.retrieval rlrag.trajectory", "numpy pymilvus milvus_lite grpc"),
-    "rlrag.retrieval.dense": Rule("rlrag.retrieval rlrag.trajectory rlrag.model rlrag.mesh", "jax numpy"),
+    "rlrag.retrieval.dense": Rule("rlrag.retrieval rlrag.mesh", "jax numpy"),
     "rlrag.retrieval.embed": Rule("rlrag.retrieval rlrag.trajectory rlrag.model rlrag.mesh", "jax numpy tokenizers"),
     "rlrag.data": Rule(
         "rlrag.data rlrag.trajectory rlrag.agents", "numpy grain tensorflow_datasets array_record pyarrow"

@@ -168,8 +168,11 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     return manifest
 
 
-def open_directory(directory: Path, *, encoder: Encoder | None = None, verify: bool = False) -> Index:
-    """The index in a directory. encoder: instead of the one that the manifest names. verify: hash the passages too."""
+def open_directory(
+    directory: Path, *, encoder: Encoder | None = None, verify: bool = False, on_device: str = ""
+) -> Index:
+    """The index in a directory. encoder: instead of the one that the manifest names. verify: hash the passages too.
+    on_device: how a flat index is searched, see open_index."""
     manifest = read_manifest(directory)
     if verify and stored_digest(directory) != manifest["corpus"]["sha256"]:
         raise ValueError(f"{directory / PASSAGES} is not what the manifest says (SHA-256): copy or build it again")
@@ -186,25 +189,39 @@ def open_directory(directory: Path, *, encoder: Encoder | None = None, verify: b
             )
         shape = Shape(**manifest["shape"])
         found = vectors.read_vectors(directory / vectors.FILE, shape)
-        index = VectorIndex(found.search, StoredPassages(directory), encoder)
+        find = found.search
+        if on_device and shape.kind == "flat":
+            from rlrag.retrieval.dense import DenseSearch  # imports JAX
+
+            find = DenseSearch(vectors.Rows(found), dtype=on_device).search
+        index = VectorIndex(find, StoredPassages(directory), encoder)
         held = min(found.ntotal, len(index))
     if held != manifest["count"]:
         raise ValueError(f"{directory} holds {held} passages where the manifest says {manifest['count']}: build again")
     return index
 
 
-def open_index(source: str, *, encoder: str = "", rerank: str = "", depth: int = 100, verify: bool = False) -> Index:
+def open_index(
+    source: str,
+    *,
+    encoder: str = "",
+    rerank: str = "",
+    depth: int = 100,
+    verify: bool = False,
+    on_device: str = "",
+) -> Index:
     """An index by what a user writes: a directory; several joined by commas, fused by reciprocal rank; bm25:FILE, a
     corpus indexed in memory; or milvus:URI/COLLECTION.
 
     rerank: module:function(query, passages) -> scores, or `encoder`, by inner product with the query. depth: passages
-    that fusing or reranking begins with. ValueError names what is wrong.
+    that fusing or reranking begins with. on_device: empty, or how rows of flat indexes are stored on the devices of
+    this process (vectors.ON_DEVICE), which then search them instead of faiss. ValueError names what is wrong.
     """
     given = open_encoder(encoder) if encoder else None
     parts = [part for part in source.split(",") if part]
     if not parts:
         raise ValueError("index is empty: give a directory that launch.build_index made, or bm25:FILE")
-    check_source(source)
+    check_source(source, on_device)
     opened = []
     for part in parts:
         kind, _, file = part.partition(":")
@@ -213,7 +230,7 @@ def open_index(source: str, *, encoder: str = "", rerank: str = "", depth: int =
         elif kind == "bm25" and file:
             opened.append(Bm25Index.from_jsonl(file))
         else:
-            opened.append(open_directory(Path(part), encoder=given, verify=verify))
+            opened.append(open_directory(Path(part), encoder=given, verify=verify, on_device=on_device))
     index = opened[0] if len(opened) == 1 else Fused(tuple(opened), depth=depth)
     if not rerank:
         return index
@@ -224,15 +241,20 @@ def open_index(source: str, *, encoder: str = "", rerank: str = "", depth: int =
     return Reranked(index, load_function("rerank", rerank), depth)
 
 
-def check_source(source: str) -> None:
+def check_source(source: str, on_device: str = "") -> None:
     """What can be told of an index before it is opened, in no time: ValueError where it is not there or not whole."""
+    if on_device and on_device not in vectors.ON_DEVICE:
+        raise ValueError(f"on_device is {on_device!r}: choose {', '.join(vectors.ON_DEVICE)}")
+    kinds = set()
     for part in filter(None, source.split(",")):
         kind, _, file = part.partition(":")
         if kind == "bm25" and file:
             if not Path(file).is_file():
                 raise ValueError(f"index is {part!r}, and {file} is no file: give bm25:FILE, JSONL of passages")
         elif kind not in ("milvus", "world"):
-            read_manifest(Path(part))
+            kinds.add(read_manifest(Path(part))["kind"])
+    if on_device and "flat" not in kinds:
+        raise ValueError(f"on_device is {on_device!r}, and {source} has no flat index to search there: build one")
 
 
 def open_milvus(place: str, encoder: Encoder | None) -> Index:

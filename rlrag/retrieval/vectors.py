@@ -17,6 +17,7 @@ from rlrag.trajectory import Passage
 
 STORAGES = {"fp32": "Flat", "fp16": "SQfp16", "int8": "SQ8"}
 KINDS = ("flat", "ivf", "hnsw", "pq")
+ON_DEVICE = ("float32", "bfloat16", "float16", "int8")  # rows of rlrag.retrieval.dense
 FILE = "vectors.faiss"
 
 # Queries [Q, D] and k -> scores [Q, k], rows [Q, k]; -1 where there are fewer than k.
@@ -131,6 +132,22 @@ def read_vectors(path: Path, shape: Shape) -> Any:
         raise ValueError(f"{path} is no faiss index ({str(error).splitlines()[-1][:200]}): build it again") from None
     set_search(index, shape)
     return index
+
+
+class Rows:
+    """The vectors of a faiss index as a matrix [N, D] of float32, slice by slice."""
+
+    ndim, dtype = 2, np.dtype(np.float32)
+
+    def __init__(self, index: Any):
+        self.index, self.shape = index, (index.ntotal, index.d)
+
+    def __getitem__(self, rows: slice) -> np.ndarray:
+        start, stop, _ = rows.indices(len(self))
+        return self.index.reconstruct_n(start, stop - start)
+
+    def __len__(self) -> int:
+        return self.shape[0]
 
 
 class VectorIndex:

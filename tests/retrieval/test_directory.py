@@ -205,3 +205,18 @@ def test_encoders_by_name():
     with pytest.raises(ValueError, match=r"encoder is 'tests.retrieval.encoders:none', which cannot be loaded"):
         open_encoder("tests.retrieval.encoders:none")
     assert Passage("a", "", "")
+
+
+def test_flat_indexes_on_the_devices(tmp_path, many):
+    for kind in ("flat", "ivf"):
+        build(many, tmp_path / kind, Plan(kind, HASHING, Shape(kind)))
+    build(many, tmp_path / "words", Plan("bm25"))
+    for source in (str(tmp_path / "flat"), f"{tmp_path / 'words'},{tmp_path / 'flat'}"):
+        expected = open_index(source).search(QUERIES[:3], 4)
+        for row, wanted in zip(open_index(source, on_device="float32").search(QUERIES[:3], 4), expected, strict=True):
+            assert [p.id for p in row] == [p.id for p in wanted]
+            np.testing.assert_allclose([p.score for p in row], [p.score for p in wanted], atol=1e-6)
+    with pytest.raises(ValueError, match=r"on_device is 'int8', and .*ivf has no flat index to search there"):
+        open_index(str(tmp_path / "ivf"), on_device="int8")
+    with pytest.raises(ValueError, match="on_device is 'int4': choose float32, bfloat16, float16, int8"):
+        open_index(str(tmp_path / "flat"), on_device="int4")
