@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 
 DTYPES = ("float32", "bfloat16")
+ACTIVATIONS = ("silu", "gelu_tanh")
+ROPE_SCALINGS = ("", "linear", "llama3")
 COUNTS = (
     "vocab_size", "num_layers", "embed_dim", "num_heads", "num_kv_heads", "head_dim", "mlp_dim", "scan_unroll",
 )  # fmt: skip
@@ -13,7 +15,8 @@ ENCODER_COUNTS = (
 
 @dataclass(unsafe_hash=True)
 class Architecture:
-    """A decoder of the Llama/Qwen shape. Hashable, so it can be a static argument; treat it as frozen once built."""
+    """A decoder: pre-norm blocks of rotary attention and a gated MLP. Hashable, so it can be a static argument; treat it
+    as frozen once built."""
 
     vocab_size: int = 128
     num_layers: int = 2
@@ -23,7 +26,19 @@ class Architecture:
     head_dim: int = 16
     mlp_dim: int = 320
     rope_theta: float = 10_000.0
+    rope_scaling: str = ""  # how the rotary frequencies are stretched: linear | llama3; empty: not at all
+    rope_factor: float = 1.0  # by how much; the three below are llama3's
+    rope_low: float = 1.0  # frequencies of fewer turns within rope_positions are divided by the factor
+    rope_high: float = 4.0  # those of more are kept; between the two a mixture
+    rope_positions: int = 8192  # that the model was first trained on
+    pattern: str = "G"  # what each layer sees, repeated: G (global) all before it, L (local) the last `window` tokens
+    window: int = 0  # tokens, the newest among them
+    local_rope_theta: float = 0.0  # of local layers, unscaled; 0: as global ones
     norm_epsilon: float = 1e-6
+    norm_offset: float = 0.0  # added to the scale of every norm (Gemma: 1)
+    post_norms: bool = False  # a norm after attention and after the MLP too (Gemma)
+    activation: str = "silu"  # of the gate: silu | gelu_tanh
+    attention_scale: float = 0.0  # multiplies scores; 0: head_dim^-0.5
     tied: bool = True  # the head is the embedding table
     qk_norm: bool = False  # RMSNorm of queries and keys per head (Qwen3)
     qkv_bias: bool = False  # biases of q, k, v (Qwen2)
@@ -48,9 +63,28 @@ class Architecture:
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim is {self.head_dim}: rotary positions need an even number")
-        for name in ("dtype", "param_dtype"):
-            if getattr(self, name) not in DTYPES:
-                raise ValueError(f"{name} is {getattr(self, name)!r}: choose {' or '.join(DTYPES)}")
+        for name, choices in (
+            ("dtype", DTYPES), ("param_dtype", DTYPES), ("activation", ACTIVATIONS), ("rope_scaling", ROPE_SCALINGS),
+        ):  # fmt: skip
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} is {getattr(self, name)!r}: choose {' or '.join(each or 'nothing' for each in choices)}")
+        for name in ("rope_factor", "rope_low", "rope_high", "rope_positions"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)}: give a number above 0")
+        if self.rope_high <= self.rope_low:
+            raise ValueError(f"rope_high is {self.rope_high}: give more than rope_low, {self.rope_low}")
+        for name in ("attention_scale", "local_rope_theta", "window"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}: give a number above 0, or 0 for none")
+        if not self.pattern or set(self.pattern) - {"G", "L"}:
+            raise ValueError(f"pattern is {self.pattern!r}: write G (global) and L (local), as LLLLLG")
+        if any(self.local) and not self.window:
+            raise ValueError(f"window is 0, but the pattern {self.pattern!r} has local layers: say how far they see")
+
+    @property
+    def local(self) -> tuple[bool, ...]:
+        """For each layer, whether it sees the last `window` tokens alone."""
+        return tuple(self.pattern[layer % len(self.pattern)] == "L" for layer in range(self.num_layers))
 
 
 @dataclass(unsafe_hash=True)

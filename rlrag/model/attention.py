@@ -1,17 +1,42 @@
 """Attention: rotary positions, the one mask rule, and the dense attention of training rows."""
 
+import math
+
 import jax
 import jax.numpy as jnp
+
+from rlrag.model.architecture import Architecture
 
 MASKED = -1e30  # finite: a row that may see nothing (padding) gives a mean, never NaN
 
 
-def rotation(positions: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
-    """cos and sin of position * theta^(-2i/H), [..., 1, H/2] float32 for positions [...]: once a forward pass."""
-    half = head_dim // 2
-    frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+def frequencies(a: Architecture, local: bool = False) -> jax.Array:
+    """theta^(-2i/H) of the pairs of a head, stretched as the architecture says: [H/2] float32, in radians a token.
+
+    llama3: a frequency that turns fewer than rope_low times within rope_positions is divided by rope_factor, one of
+    more than rope_high kept, with a linear mixture between (as the Llama 3.1 release computes it).
+    """
+    half = a.head_dim // 2
+    theta = a.local_rope_theta if local and a.local_rope_theta else a.rope_theta
+    plain = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    if not a.rope_scaling or (local and a.local_rope_theta):
+        return plain
+    if a.rope_scaling == "linear":
+        return plain / a.rope_factor
+    turns = a.rope_positions * plain / (2 * math.pi)
+    kept = jnp.clip((turns - a.rope_low) / (a.rope_high - a.rope_low), 0, 1)
+    return plain * ((1 - kept) / a.rope_factor + kept)
+
+
+def rotation(positions: jax.Array, frequency: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """cos and sin of position * frequency, [..., 1, H/2] float32 for positions [...]: once a forward pass."""
     angle = positions[..., None, None].astype(jnp.float32) * frequency
     return jnp.cos(angle), jnp.sin(angle)
+
+
+def rotations(a: Architecture, positions: jax.Array) -> dict[bool, tuple[jax.Array, jax.Array]]:
+    """The rotation of local (True) and of global layers (False), of those that there are."""
+    return {local: rotation(positions, frequencies(a, local)) for local in set(a.local)}
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
@@ -47,16 +72,25 @@ def visibility(segment: jax.Array, parent: jax.Array) -> jax.Array:
     return related & causal
 
 
-def attend(query: jax.Array, key: jax.Array, value: jax.Array, visible: jax.Array) -> jax.Array:
+def views(a: Architecture, visible: jax.Array, queries: jax.Array, keys: jax.Array) -> dict[bool, jax.Array]:
+    """What local (True) and global layers (False) see, of those that there are: `visible` [B, C, S], and of it the last
+    `window` tokens up to each query, by positions [B, C] and [B, S]: those of a conversation, not of a packed row."""
+    near = visible & (queries[:, :, None] - keys[:, None, :] < a.window) if a.window else visible
+    return {local: near if local else visible for local in set(a.local)}
+
+
+def attend(
+    query: jax.Array, key: jax.Array, value: jax.Array, visible: jax.Array, scale: float | None = None
+) -> jax.Array:
     """Softmax attention with grouped queries; scores and softmax in float32.
 
-    query [B, C, N, H]; key, value [K, B, S, H]; visible [B, C, S] -> [B, C, N, H]. Heads lead, so that a view gathered
-    from pages needs no transposition.
+    query [B, C, N, H]; key, value [K, B, S, H]; visible [B, C, S] -> [B, C, N, H]. scale of the scores; None: H^-0.5.
+    Heads lead, so that a view gathered from pages needs no transposition.
     """
     B, C, N, H = query.shape
     K = key.shape[0]
     # The group's queries ride along the row dimension, so that each kv head of a row is one matrix product.
-    q = (query * H**-0.5).reshape(B, C, K, N // K, H).transpose(2, 0, 3, 1, 4).reshape(K, B, N // K * C, H)
+    q = (query * (scale or H**-0.5)).reshape(B, C, K, N // K, H).transpose(2, 0, 3, 1, 4).reshape(K, B, N // K * C, H)
     out = mix_values(q, key, value, visible)
     return out.reshape(K, B, N // K, C, H).transpose(1, 3, 0, 2, 4).reshape(B, C, N, H)
 

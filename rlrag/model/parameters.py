@@ -39,10 +39,12 @@ class Layers:
     query_norm: jax.Array | None  # [L, H]
     key_norm: jax.Array | None  # [L, H]
     output: jax.Array  # [L, N*H, D]
+    post_attention_norm: jax.Array | None  # [L, D]
     mlp_norm: jax.Array  # [L, D]
     gate: jax.Array  # [L, D, F]
     up: jax.Array  # [L, D, F]
     down: jax.Array  # [L, F, D]
+    post_mlp_norm: jax.Array | None  # [L, D]
 
 
 @flax.struct.dataclass
@@ -69,7 +71,7 @@ def describe(architecture: Architecture) -> Transformer:
         return Leaf(shape, axes, stddev) if there else None
 
     def scale(shape: tuple[int, ...], there: bool = True) -> Any:
-        return Leaf(shape, (None,) * len(shape), 0.0, mean=1.0) if there else None
+        return Leaf(shape, (None,) * len(shape), 0.0, mean=1.0 - a.norm_offset) if there else None
 
     layers = Layers(
         attention_norm=scale((L, D)),
@@ -82,10 +84,12 @@ def describe(architecture: Architecture) -> Transformer:
         query_norm=scale((L, a.head_dim), a.qk_norm),
         key_norm=scale((L, a.head_dim), a.qk_norm),
         output=leaf((L, query_dim, D), (None, "heads", "embed"), query_dim**-0.5),
+        post_attention_norm=scale((L, D), a.post_norms),
         mlp_norm=scale((L, D)),
         gate=leaf((L, D, F), (None, "embed", "mlp"), D**-0.5),
         up=leaf((L, D, F), (None, "embed", "mlp"), D**-0.5),
         down=leaf((L, F, D), (None, "mlp", "embed"), F**-0.5),
+        post_mlp_norm=scale((L, D), a.post_norms),
     )
     return Transformer(
         embed=leaf((V, D), ("vocab", "embed"), 0.02),

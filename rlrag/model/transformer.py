@@ -6,6 +6,7 @@ large GEMM and the three-dimensional ones into several small ones (about 2x in t
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import flax.struct
 import jax
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 
 from rlrag.mesh import constrain
 from rlrag.model.architecture import Architecture
-from rlrag.model.attention import attend, rotate, rotation, visibility
+from rlrag.model.attention import attend, rotate, rotations, views, visibility
 from rlrag.model.parameters import Layers, Transformer
 
 # (layer number, query [B, C, N, H], key [B, C, K, H], value [B, C, K, H]) -> mixed [B, C, N, H]
@@ -30,9 +31,11 @@ class DecodeLayer:
     query_norm: jax.Array | None  # [H]
     key_norm: jax.Array | None  # [H]
     output: jax.Array  # [N*H, D]
+    post_attention_norm: jax.Array | None  # [D]
     mlp_norm: jax.Array  # [D]
     gate_up: jax.Array  # [D, 2F]
     down: jax.Array  # [F, D]
+    post_mlp_norm: jax.Array | None  # [D]
 
 
 @flax.struct.dataclass
@@ -49,35 +52,57 @@ class DecodeWeights:
         return self.embed if self.head is None else self.head
 
 
-def rms_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
-    """x / sqrt(mean(x^2) + epsilon) * scale (Zhang and Sennrich 2019, eq. 4), computed in float32. x [..., D]."""
+def rms_norm(x: jax.Array, scale: jax.Array, a: Architecture) -> jax.Array:
+    """x / sqrt(mean(x^2) + epsilon) * (scale + offset) (Zhang and Sennrich 2019, eq. 4), in float32. x [..., D]."""
     y = x.astype(jnp.float32)
-    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + epsilon)
-    return (y * scale.astype(jnp.float32)).astype(x.dtype)
+    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + a.norm_epsilon)
+    scale = scale.astype(jnp.float32)
+    return (y * (scale + a.norm_offset if a.norm_offset else scale)).astype(x.dtype)
 
 
-@jax.custom_vjp
-def swiglu(x: jax.Array, gate: jax.Array, up: jax.Array, down: jax.Array) -> jax.Array:
-    """(silu(x gate) * (x up)) down (Shazeer 2020, eq. 6). x [M, D] -> [M, D]."""
-    return swiglu_forward(x, gate, up, down)[0]
-
-
-def swiglu_forward(x, gate, up, down):
-    g, u = x @ gate, x @ up
-    return (jax.nn.silu(g) * u) @ down, (x, g, u, gate, up, down)
-
-
-def swiglu_backward(residuals, dy):
-    x, g, u, gate, up, down = residuals
-    # Without the barrier XLA:CPU fuses the elementwise part into each product and recomputes it in every one.
+def silu_and_slope(g: jax.Array) -> tuple[jax.Array, jax.Array]:
     sigmoid = jax.nn.sigmoid(g.astype(jnp.float32)).astype(g.dtype)
     silu = g * sigmoid
+    return silu, sigmoid + silu * (1 - sigmoid)
+
+
+def gelu_tanh_and_slope(g: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Hendrycks and Gimpel 2016, section 2: g / 2 * (1 + tanh(sqrt(2 / pi) * (g + 0.044715 g^3))), and its slope."""
+    x = g.astype(jnp.float32)
+    inner = (2 / jnp.pi) ** 0.5 * (x + 0.044715 * x**3)
+    tanh = jnp.tanh(inner)
+    slope = (1 + tanh) / 2 + x / 2 * (1 - tanh * tanh) * (2 / jnp.pi) ** 0.5 * (1 + 3 * 0.044715 * x * x)
+    return (x / 2 * (1 + tanh)).astype(g.dtype), slope.astype(g.dtype)
+
+
+# Name in the architecture -> (the function, the function with its slope).
+ACTIVATIONS: dict[str, tuple[Callable, Callable]] = {
+    "silu": (jax.nn.silu, silu_and_slope),
+    "gelu_tanh": (partial(jax.nn.gelu, approximate=True), gelu_tanh_and_slope),
+}
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def gated(x: jax.Array, gate: jax.Array, up: jax.Array, down: jax.Array, activation: str) -> jax.Array:
+    """(activation(x gate) * (x up)) down (Shazeer 2020, eq. 6). x [M, D] -> [M, D]."""
+    return gated_forward(x, gate, up, down, activation)[0]
+
+
+def gated_forward(x, gate, up, down, activation):
+    g, u = x @ gate, x @ up
+    return (ACTIVATIONS[activation][0](g) * u) @ down, (x, g, u, gate, up, down)
+
+
+def gated_backward(activation, residuals, dy):
+    x, g, u, gate, up, down = residuals
+    active, slope = ACTIVATIONS[activation][1](g)
     dh = dy @ down.T
-    hidden, dg, du = jax.lax.optimization_barrier((silu * u, dh * u * (sigmoid + silu * (1 - sigmoid)), dh * silu))
+    # Without the barrier XLA:CPU fuses the elementwise part into each product and recomputes it in every one.
+    hidden, dg, du = jax.lax.optimization_barrier((active * u, dh * u * slope, dh * active))
     return dg @ gate.T + du @ up.T, x.T @ dg, x.T @ du, hidden.T @ dy
 
 
-swiglu.defvjp(swiglu_forward, swiglu_backward)
+gated.defvjp(gated_forward, gated_backward)
 
 
 def project(x: jax.Array, weights: Layers | DecodeLayer, a: Architecture) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -97,16 +122,16 @@ def project(x: jax.Array, weights: Layers | DecodeLayer, a: Architecture) -> tup
     k = k.reshape(-1, a.num_kv_heads, a.head_dim)
     v = v.reshape(-1, a.num_kv_heads, a.head_dim)
     if weights.query_norm is not None and weights.key_norm is not None:
-        q, k = rms_norm(q, weights.query_norm, a.norm_epsilon), rms_norm(k, weights.key_norm, a.norm_epsilon)
+        q, k = rms_norm(q, weights.query_norm, a), rms_norm(k, weights.key_norm, a)
     return q, k, v
 
 
-def feed_forward(x: jax.Array, weights: Layers | DecodeLayer) -> jax.Array:
+def feed_forward(x: jax.Array, weights: Layers | DecodeLayer, a: Architecture) -> jax.Array:
     if isinstance(weights, DecodeLayer):
         gate, up = jnp.split(x @ weights.gate_up, 2, axis=-1)
-        return (jax.nn.silu(gate) * up) @ weights.down
+        return (ACTIVATIONS[a.activation][0](gate) * up) @ weights.down
     cast = partial(jnp.asarray, dtype=x.dtype)
-    return swiglu(x, cast(weights.gate), cast(weights.up), cast(weights.down))
+    return gated(x, cast(weights.gate), cast(weights.up), cast(weights.down), a.activation)
 
 
 def layer(
@@ -114,12 +139,13 @@ def layer(
 ) -> jax.Array:
     """One pre-norm block. x [B*C, D], angles of [B, C]; mix(query, key, value) [B, C, heads, H] -> [B, C, N, H]."""
     B, C = angles[0].shape[:2]
-    q, k, v = project(rms_norm(x, weights.attention_norm, a.norm_epsilon), weights, a)
+    q, k, v = project(rms_norm(x, weights.attention_norm, a), weights, a)
     q, k, v = (heads.reshape(B, C, -1, a.head_dim) for heads in (q, k, v))
     q, k = rotate(q, *angles), rotate(k, *angles)
-    mixed = mix(q, k, v).reshape(B * C, a.num_heads * a.head_dim)
-    x = x + mixed @ weights.output.astype(x.dtype)
-    return x + feed_forward(rms_norm(x, weights.mlp_norm, a.norm_epsilon), weights)
+    mixed = mix(q, k, v).reshape(B * C, a.num_heads * a.head_dim) @ weights.output.astype(x.dtype)
+    x = x + (mixed if weights.post_attention_norm is None else rms_norm(mixed, weights.post_attention_norm, a))
+    y = feed_forward(rms_norm(x, weights.mlp_norm, a), weights, a)
+    return x + (y if weights.post_mlp_norm is None else rms_norm(y, weights.post_mlp_norm, a))
 
 
 def trunk(
@@ -127,22 +153,34 @@ def trunk(
 ) -> jax.Array:
     """Hidden states of packed rows. tokens, positions, segment [B, T], parent [B, S] -> [B, T, D], after final norm."""
     B, T = tokens.shape
-    visible = visibility(segment, parent)
-    angles = rotation(positions, a.head_dim, a.rope_theta)
+    seen = views(a, visibility(segment, parent), positions, positions)
+    angles = rotations(a, positions)
 
-    def mix(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        q = constrain(q, "rows", None, "heads", None)
-        k, v = (constrain(x, "rows", None, "kv_heads", None) for x in (k, v))
-        return attend(q, k.transpose(2, 0, 1, 3), v.transpose(2, 0, 1, 3), visible)
+    def step(x: jax.Array, xs: tuple[Layers, jax.Array | None]) -> tuple[jax.Array, None]:
+        weights, local = xs
 
-    def step(x: jax.Array, weights: Layers) -> tuple[jax.Array, None]:
-        return constrain(layer(x, weights, angles, a, mix), "rows", None), None
+        def mix(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+            q = constrain(q, "rows", None, "heads", None)
+            k, v = (constrain(x, "rows", None, "kv_heads", None) for x in (k, v))
+            visible = chosen(seen, local)
+            return attend(q, k.transpose(2, 0, 1, 3), v.transpose(2, 0, 1, 3), visible, a.attention_scale or None)
+
+        return constrain(layer(x, weights, chosen(angles, local), a, mix), "rows", None), None
 
     if a.remat:
         step = jax.checkpoint(step)
     x = params.embed[tokens.reshape(-1)].astype(a.dtype) * jnp.asarray(a.embed_scale, a.dtype)
-    x, _ = jax.lax.scan(step, constrain(x, "rows", None), params.layers, unroll=min(a.scan_unroll, a.num_layers))
-    return rms_norm(x, params.final_norm, a.norm_epsilon).reshape(B, T, a.embed_dim)
+    xs = params.layers, jnp.array(a.local) if len(seen) > 1 else None
+    x, _ = jax.lax.scan(step, constrain(x, "rows", None), xs, unroll=min(a.scan_unroll, a.num_layers))
+    return rms_norm(x, params.final_norm, a).reshape(B, T, a.embed_dim)
+
+
+def chosen(kinds: dict[bool, Any], local: jax.Array | None) -> Any:
+    """Of what local and global layers have, this layer's; local None: all layers are of one kind."""
+    if local is None:
+        (only,) = kinds.values()
+        return only
+    return jax.tree.map(partial(jnp.where, local), kinds[True], kinds[False])
 
 
 def pack(params: Transformer, a: Architecture) -> DecodeWeights:
@@ -159,9 +197,11 @@ def pack(params: Transformer, a: Architecture) -> DecodeWeights:
             query_norm=weights.query_norm,
             key_norm=weights.key_norm,
             output=cast(weights.output),
+            post_attention_norm=weights.post_attention_norm,
             mlp_norm=weights.mlp_norm,
             gate_up=cast(jnp.concatenate([weights.gate, weights.up], -1)),
             down=cast(weights.down),
+            post_mlp_norm=weights.post_mlp_norm,
         )
 
     layers = tuple(pack_layer(jax.tree.map(lambda leaf: leaf[i], params.layers)) for i in range(a.num_layers))  # noqa: B023
@@ -174,7 +214,7 @@ def extend(weights: DecodeWeights, a: Architecture, tokens: jax.Array, positions
     """Hidden states of new tokens given a cache that `mix` reads and writes. tokens, positions [B, C] -> [B, C, D]."""
     B, C = tokens.shape
     x = weights.embed[tokens.reshape(-1)] * jnp.asarray(a.embed_scale, a.dtype)
-    angles = rotation(positions, a.head_dim, a.rope_theta)
+    angles = rotations(a, positions)
     for number, layer_weights in enumerate(weights.layers):
-        x = layer(x, layer_weights, angles, a, partial(mix, number))
-    return rms_norm(x, weights.final_norm, a.norm_epsilon).reshape(B, C, a.embed_dim)
+        x = layer(x, layer_weights, angles[a.local[number]], a, partial(mix, number))
+    return rms_norm(x, weights.final_norm, a).reshape(B, C, a.embed_dim)

@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from kernels.uncertainty.api import uncertainty
 from rlrag.mesh import DATA
 from rlrag.model.architecture import Architecture
-from rlrag.model.attention import attend
+from rlrag.model.attention import attend, views
 from rlrag.model.transformer import DecodeWeights, extend
 from rlrag.rollout import cache as kv
 from rlrag.rollout.cache import Cache
@@ -120,14 +120,16 @@ def prefill(weights: DecodeWeights, cache: Cache, inbox: Prefill, spec: Spec, a:
         inside = offset < count[:, None]
         past = capacity + jnp.arange(tokens.size).reshape(tokens.shape)
         index = jnp.where(inside, kv.token_index(table, positions, spec.page_size), past)
-        visible = jnp.arange(spec.max_tokens) <= positions[..., None]
+        cached = jnp.arange(spec.max_tokens)[None]
+        seen = views(a, cached <= positions[..., None], positions, cached)
         keys, values = list(cache.keys), list(cache.values)
 
         def mix(number: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
             keys[number] = kv.scatter(cache.keys[number], index, k)
             values[number] = kv.scatter(cache.values[number], index, v)
             key_view = kv.gather(keys[number], table, spec.page_size)
-            return attend(q, key_view, kv.gather(values[number], table, spec.page_size), visible)
+            value_view = kv.gather(values[number], table, spec.page_size)
+            return attend(q, key_view, value_view, seen[a.local[number]], a.attention_scale or None)
 
         extend(weights, a, tokens, positions, mix)
         return Cache(tuple(keys), tuple(values))
@@ -150,14 +152,15 @@ def burst(
     def body(s: Burst) -> Burst:
         live = s.reason == RUNNING
         position = inbox.position + s.count  # of the token that goes in
-        visible = (jnp.arange(spec.max_tokens) <= position[:, None])[:, None]
+        cached = jnp.arange(spec.max_tokens)[None]
+        seen = views(a, (cached <= position[:, None])[:, None], position[:, None], cached)
         target = jnp.where(live, position, spec.max_tokens)[:, None]
         key_view, value_view = list(s.view.keys), list(s.view.values)
 
         def mix(number: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
             key_view[number] = kv.write(key_view[number], target, k)
             value_view[number] = kv.write(value_view[number], target, v)
-            return attend(q, key_view[number], value_view[number], visible)
+            return attend(q, key_view[number], value_view[number], seen[a.local[number]], a.attention_scale or None)
 
         hidden = extend(weights, a, s.token[:, None], position[:, None], mix)[:, 0]
         logits = jnp.einsum("bd,vd->bv", hidden, weights.output_head, preferred_element_type=jnp.float32)

@@ -17,6 +17,13 @@ from rlrag.model.architecture import Architecture, EncoderArchitecture
         ({"param_dtype": "int8"}, "param_dtype is 'int8': choose float32 or bfloat16"),
         ({"rope_theta": 0.0}, "rope_theta is 0.0: give a number above 0"),
         ({"norm_epsilon": float("nan")}, "norm_epsilon is nan: give a number above 0"),
+        ({"activation": "relu"}, "activation is 'relu': choose silu or gelu_tanh"),
+        ({"rope_scaling": "yarn"}, "rope_scaling is 'yarn': choose nothing or linear or llama3"),
+        ({"rope_factor": 0.0}, "rope_factor is 0.0: give a number above 0"),
+        ({"rope_low": 4.0, "rope_high": 1.0}, "rope_high is 1.0: give more than rope_low, 4.0"),
+        ({"attention_scale": -1.0}, "attention_scale is -1.0: give a number above 0, or 0 for none"),
+        ({"pattern": "GLX"}, "pattern is 'GLX': write G"),
+        ({"pattern": "LG"}, "window is 0, but the pattern 'LG' has local layers"),
     ],
 )
 def test_sizes_that_cannot_work_are_named(changes, message):

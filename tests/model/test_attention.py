@@ -5,11 +5,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlrag.model.attention import ancestors, attend, rotate, rotation, visibility
+from rlrag.model.architecture import Architecture
+from rlrag.model.attention import ancestors, attend, frequencies, rotate, rotation, views, visibility
 
 
 def rotary(x, positions, theta):
-    return rotate(x, *rotation(positions, x.shape[-1], theta))
+    return rotate(x, *rotation(positions, frequencies(Architecture(head_dim=x.shape[-1], rope_theta=theta))))
 
 
 def test_rotation_is_a_complex_product():
@@ -128,3 +129,31 @@ def test_what_is_not_visible_does_not_matter(case):
     before = attend(*map(jnp.array, (query, key, value, visible)))
     key[:, hidden], value[:, hidden] = 1e3, 1e3
     np.testing.assert_array_equal(before, attend(*map(jnp.array, (query, key, value, visible))))
+
+
+def test_the_published_frequencies_of_llama_3():
+    """Llama 3.1: theta 500,000, factor 8, low 1, high 4, 8,192 positions, heads of 128. Its shortest wavelengths stay, its
+    longest are eight times longer, and one between is a mixture."""
+    a = Architecture(
+        head_dim=128, rope_theta=5e5, rope_scaling="llama3", rope_factor=8.0, rope_low=1.0, rope_high=4.0,
+        rope_positions=8192,
+    )  # fmt: skip
+    plain = 5e5 ** (-np.arange(64) / 64)
+    ratio = plain / np.asarray(frequencies(a), np.float64)
+    wavelength = 2 * np.pi / plain
+    np.testing.assert_allclose(ratio[wavelength < 2048], 1, rtol=1e-5)
+    np.testing.assert_allclose(ratio[wavelength > 8192], 8, rtol=1e-5)
+    between = ratio[(wavelength > 2048) & (wavelength < 8192)]
+    assert len(between) > 3 and ((between > 1) & (between < 8)).all()
+
+
+def test_a_local_layer_sees_the_last_tokens_of_its_own_conversation():
+    """A prefix of 4 with two branches of 3: the second branch sees back into the prefix, by positions, not columns."""
+    a = Architecture(num_layers=2, pattern="LG", window=3)
+    segment = jnp.array([[1, 1, 1, 1, 2, 2, 2, 3, 3, 3]])
+    positions = jnp.array([[0, 1, 2, 3, 4, 5, 6, 4, 5, 6]])
+    seen = views(a, visibility(segment, jnp.array([[0, 0, 1, 1]])), positions, positions)
+    assert [set(np.flatnonzero(seen[True][0, column])) for column in (3, 4, 7, 9)] == [
+        {1, 2, 3}, {2, 3, 4}, {2, 3, 7}, {7, 8, 9},
+    ]  # fmt: skip
+    assert set(np.flatnonzero(seen[False][0, 9])) == {0, 1, 2, 3, 7, 8, 9}

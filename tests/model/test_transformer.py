@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from rlrag.model.architecture import Architecture
-from rlrag.model.attention import attend
+from rlrag.model.attention import attend, views
 from rlrag.model.parameters import Transformer, initialize
-from rlrag.model.transformer import extend, pack, swiglu, trunk
+from rlrag.model.transformer import ACTIVATIONS, extend, gated, pack, trunk
 from tests.episodes import VOCAB_SIZE, make_groups, pack_groups
 
 PLAIN = Architecture(
@@ -25,6 +25,14 @@ VARIANTS = {
     "one_kv_head": dataclasses.replace(PLAIN, num_kv_heads=1),
     "all_kv_heads": dataclasses.replace(PLAIN, num_kv_heads=4, embed_scale=24**0.5),
     "everything": dataclasses.replace(PLAIN, qkv_bias=True, qk_norm=True, tied=False, embed_scale=1.7),
+    "llama3": dataclasses.replace(PLAIN, rope_scaling="llama3", rope_factor=4.0, rope_high=3.0, rope_positions=16),
+    "linear": dataclasses.replace(PLAIN, rope_scaling="linear", rope_factor=8.0),
+    "window": dataclasses.replace(PLAIN, pattern="L", window=4),
+    "mixed": dataclasses.replace(PLAIN, pattern="LG", window=3),
+    "gemma3": dataclasses.replace(
+        PLAIN, pattern="LLG", window=4, local_rope_theta=100.0, rope_scaling="linear", rope_factor=8.0, qk_norm=True,
+        norm_offset=1.0, post_norms=True, activation="gelu_tanh", attention_scale=0.4, embed_scale=24**0.5,
+    ),
 }
 
 
@@ -33,7 +41,7 @@ def parameters(a: Architecture, key: int = 0) -> Transformer:
     params = initialize(a, jax.random.key(key))
     leaves, tree = jax.tree.flatten(params)
     noise = [0.3 * jax.random.normal(jax.random.key(100 + i), leaf.shape) for i, leaf in enumerate(leaves)]
-    spread = [leaf + n if (leaf == 1).all() else leaf + 0.1 * n for leaf, n in zip(leaves, noise)]
+    spread = [leaf + n if (leaf == leaf.ravel()[0]).all() else leaf + 0.1 * n for leaf, n in zip(leaves, noise)]
     return jax.tree.unflatten(tree, spread)
 
 
@@ -42,45 +50,68 @@ def numpy_hidden(params: Transformer, a: Architecture, tokens: np.ndarray, posit
     p = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
 
     def norm(x, scale):
-        return x / np.sqrt(np.mean(x * x) + a.norm_epsilon) * scale
+        return x / np.sqrt(np.mean(x * x) + a.norm_epsilon) * (scale + a.norm_offset)
 
-    def turn(x, position):
+    def activation(x):
+        if a.activation == "silu":
+            return x / (1 + np.exp(-x))
+        return x / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+
+    def turn(x, position, local):
         half = a.head_dim // 2
-        angle = position * a.rope_theta ** (-2 * np.arange(half) / a.head_dim)
+        theta = a.local_rope_theta if local and a.local_rope_theta else a.rope_theta
+        angle = position * np.array([rope_frequency(a, theta ** (-2 * i / a.head_dim), local) for i in range(half)])
         first, second = x[:half], x[half:]
         return np.concatenate(
             [first * np.cos(angle) - second * np.sin(angle), second * np.cos(angle) + first * np.sin(angle)]
         )
 
-    def heads(x, weight, bias, scale, number, position):
+    def heads(x, weight, bias, scale, number, position, local):
         y = x @ weight if bias is None else x @ weight + bias
         split = y.reshape(number, a.head_dim)
         if scale is not None:
             split = np.array([norm(head, scale) for head in split])
-        return split if position is None else np.array([turn(head, position) for head in split])
+        return split if position is None else np.array([turn(head, position, local) for head in split])
 
     x = p.embed[tokens] * a.embed_scale
     for n in range(a.num_layers):
         w = jax.tree.map(lambda leaf: leaf[n], p.layers)  # noqa: B023
+        local = (a.pattern * a.num_layers)[n] == "L"
         normed = [norm(row, w.attention_norm) for row in x]
-        q = [heads(r, w.query, w.query_bias, w.query_norm, a.num_heads, t) for r, t in zip(normed, positions)]
-        k = [heads(r, w.key, w.key_bias, w.key_norm, a.num_kv_heads, t) for r, t in zip(normed, positions)]
-        v = [heads(r, w.value, w.value_bias, None, a.num_kv_heads, None) for r in normed]
+        q = [heads(r, w.query, w.query_bias, w.query_norm, a.num_heads, t, local) for r, t in zip(normed, positions)]
+        k = [heads(r, w.key, w.key_bias, w.key_norm, a.num_kv_heads, t, local) for r, t in zip(normed, positions)]
+        v = [heads(r, w.value, w.value_bias, None, a.num_kv_heads, None, local) for r in normed]
         mixed = []
         for i in range(len(x)):
             seen, out = [j for j in range(len(x)) if sees(i, j)], []
+            if local:
+                seen = [j for j in seen if positions[i] - positions[j] < a.window]
             for head in range(a.num_heads):
                 shared = head // (a.num_heads // a.num_kv_heads)
-                scores = np.array([q[i][head] @ k[j][shared] for j in seen]) / np.sqrt(a.head_dim)
+                scores = np.array([q[i][head] @ k[j][shared] for j in seen]) * (a.attention_scale or a.head_dim**-0.5)
                 weights = np.exp(scores - scores.max())
                 out.append(sum(weight * v[j][shared] for weight, j in zip(weights / weights.sum(), seen)))
-            mixed.append(np.concatenate(out) @ w.output)
+            y = np.concatenate(out) @ w.output
+            mixed.append(norm(y, w.post_attention_norm) if a.post_norms else y)
         x = x + np.array(mixed)
         for i in range(len(x)):
             normed_row = norm(x[i], w.mlp_norm)
-            gate = normed_row @ w.gate
-            x[i] = x[i] + (gate / (1 + np.exp(-gate)) * (normed_row @ w.up)) @ w.down
+            y = (activation(normed_row @ w.gate) * (normed_row @ w.up)) @ w.down
+            x[i] = x[i] + (norm(y, w.post_mlp_norm) if a.post_norms else y)
     return np.array([norm(row, p.final_norm) for row in x])
+
+
+def rope_frequency(a: Architecture, plain: float, local: bool) -> float:
+    """One frequency as the rules are told: by wavelengths, case by case."""
+    if not a.rope_scaling or (local and a.local_rope_theta):
+        return plain
+    wavelength = 2 * np.pi / plain
+    if a.rope_scaling == "linear" or wavelength > a.rope_positions / a.rope_low:
+        return plain / a.rope_factor
+    if wavelength < a.rope_positions / a.rope_high:
+        return plain
+    smooth = (a.rope_positions / wavelength - a.rope_low) / (a.rope_high - a.rope_low)
+    return (1 - smooth) * plain / a.rope_factor + smooth * plain
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -115,18 +146,18 @@ def cached_hidden(params, a, tokens, cuts):
     pieces = []
     for start, stop in zip([0, *cuts], [*cuts, T]):
         positions = jnp.broadcast_to(jnp.arange(start, stop), (B, stop - start))
-        visible = jnp.arange(T) <= positions[..., None]
+        seen = views(a, jnp.arange(T) <= positions[..., None], positions, jnp.arange(T)[None])
 
-        def mix(number, q, k, v, start=start, visible=visible):
+        def mix(number, q, k, v, start=start, seen=seen):
             keys[number] = jax.lax.dynamic_update_slice_in_dim(keys[number], k.transpose(2, 0, 1, 3), start, 2)
             values[number] = jax.lax.dynamic_update_slice_in_dim(values[number], v.transpose(2, 0, 1, 3), start, 2)
-            return attend(q, keys[number], values[number], visible)
+            return attend(q, keys[number], values[number], seen[a.local[number]], a.attention_scale or None)
 
         pieces.append(extend(weights, a, tokens[:, start:stop], positions, mix))
     return jnp.concatenate(pieces, 1)
 
 
-@pytest.mark.parametrize("name", ["everything", "one_kv_head"])
+@pytest.mark.parametrize("name", ["everything", "one_kv_head", "gemma3"])
 def test_extending_a_cache_equals_the_trunk(name):
     a = VARIANTS[name]
     params = parameters(a)
@@ -138,9 +169,10 @@ def test_extending_a_cache_equals_the_trunk(name):
     np.testing.assert_allclose(cached_hidden(params, a, tokens, (4, 5, 6, 9)), whole, atol=1e-5)
 
 
-def test_packed_rows_give_the_logits_of_separate_rows():
+@pytest.mark.parametrize("name", ["everything", "gemma3"])
+def test_packed_rows_give_the_logits_of_separate_rows(name):
     """Streams that share a prefix, lie behind strangers or before padding: the same logits as alone."""
-    a = VARIANTS["everything"]
+    a = VARIANTS[name]
     params = parameters(a)
     groups = make_groups(5, 3, 4)
     packed = pack_groups(groups)
@@ -160,18 +192,19 @@ def test_packed_rows_give_the_logits_of_separate_rows():
         np.testing.assert_allclose(mine, wanted, atol=1e-5)
 
 
-def test_swiglu_gradient_is_that_of_the_plain_formula():
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_the_gradient_of_the_gated_mlp_is_that_of_the_plain_formula(activation):
     keys = jax.random.split(jax.random.key(0), 5)
     shapes = [(7, 6), (6, 10), (6, 10), (10, 6), (7, 6)]
     *arguments, weight = (np.asarray(jax.random.normal(key, shape)) for key, shape in zip(keys, shapes))
 
     def plain(x, gate, up, down):
-        return (jax.nn.silu(x @ gate) * (x @ up)) @ down
+        return (ACTIVATIONS[activation][0](x @ gate) * (x @ up)) @ down
 
     def both(function):
         return jax.jit(jax.value_and_grad(lambda *x: jnp.sum(function(*x) * weight), (0, 1, 2, 3)))(*arguments)
 
-    for mine, wanted in zip(jax.tree.leaves(both(swiglu)), jax.tree.leaves(both(plain))):
+    for mine, wanted in zip(jax.tree.leaves(both(partial(gated, activation=activation))), jax.tree.leaves(both(plain))):
         np.testing.assert_allclose(mine, wanted, rtol=1e-5, atol=1e-5)
 
 
@@ -185,9 +218,10 @@ def loss(params, a, batch):
     return jnp.sum(jnp.tanh(hidden.astype(jnp.float32)) ** 2 * batch.trained[0][..., None])
 
 
-def test_remat_and_unrolling_change_nothing():
+@pytest.mark.parametrize("name", ["everything", "gemma3"])
+def test_remat_and_unrolling_change_nothing(name):
     batch = jax.tree.map(jnp.array, pack_groups(make_groups(1)).batch)
-    a = VARIANTS["everything"]
+    a = VARIANTS[name]
     params = parameters(a)
     step = jax.jit(jax.value_and_grad(loss), static_argnums=1)
     value, gradient = step(params, a, batch)
