@@ -35,7 +35,9 @@ RULES = {
     "rlrag.packing": Rule("rlrag.batch rlrag.trajectory rlrag.rewards.paid", "jax numpy"),
     # Arrays: no text.
     "rlrag.model": Rule("rlrag.model kernels rlrag.batch rlrag.mesh", "jax numpy flax"),
-    "rlrag.model.hf": Rule("rlrag.model rlrag.mesh", "jax numpy transformers safetensors"),
+    "rlrag.model.families": Rule("rlrag.model.architecture", ""),
+    "rlrag.model.hf": Rule("rlrag.model rlrag.mesh", "jax numpy safetensors"),
+    "rlrag.model.hf_export": Rule("rlrag.model", "jax numpy safetensors"),
     "rlrag.rollout": Rule(
         "rlrag.rollout rlrag.model kernels rlrag.mesh rlrag.trajectory rlrag.agents.workflow", "jax numpy flax"
     ),
@@ -108,7 +110,7 @@ RULES = {
 
 # Modules that run wherever jax, flax, optax, numpy and absl do, counting all that importing them imports of ours.
 CORE = ("kernels", "rlrag.model", "rlrag.rollout", "rlrag.objectives", "launch.bench")
-NOT_CORE = ("rlrag.model.hf",)
+NOT_CORE = ("rlrag.model.hf", "rlrag.model.hf_export")
 CORE_OTHERS = "jax flax optax numpy absl"
 
 # Modules that a process may import without paying for JAX or taking memory on an accelerator.
@@ -304,7 +306,7 @@ def test_a_forbidden_import_is_named(module, source, target):
         ),
         ("rlrag.batch", "import flax.struct\nfrom flax import struct\nfrom flax.struct import dataclass"),
         ("rlrag.rollout.engine", "from rlrag.agents import workflow\nfrom rlrag.agents.workflow import Search"),
-        ("rlrag.model.hf", "import transformers"),
+        ("rlrag.model.hf", "import safetensors"),
     ],
 )
 def test_an_allowed_import_passes(module, source):

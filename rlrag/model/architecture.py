@@ -15,8 +15,8 @@ ENCODER_COUNTS = (
 
 @dataclass(unsafe_hash=True)
 class Architecture:
-    """A decoder: pre-norm blocks of rotary attention and a gated MLP. Hashable, so it can be a static argument; treat it
-    as frozen once built."""
+    """A decoder: blocks of rotary attention and a gated MLP. Hashable, so it can be a static argument; treat it as
+    frozen once built."""
 
     vocab_size: int = 128
     num_layers: int = 2
@@ -67,7 +67,9 @@ class Architecture:
             ("dtype", DTYPES), ("param_dtype", DTYPES), ("activation", ACTIVATIONS), ("rope_scaling", ROPE_SCALINGS),
         ):  # fmt: skip
             if getattr(self, name) not in choices:
-                raise ValueError(f"{name} is {getattr(self, name)!r}: choose {' or '.join(each or 'nothing' for each in choices)}")
+                raise ValueError(
+                    f"{name} is {getattr(self, name)!r}: choose {' or '.join(each or 'nothing' for each in choices)}"
+                )
         for name in ("rope_factor", "rope_low", "rope_high", "rope_positions"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}: give a number above 0")

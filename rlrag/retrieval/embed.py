@@ -19,7 +19,7 @@ import tokenizers
 from jax.sharding import Mesh
 
 from rlrag.mesh import DATA, make_mesh, sharding
-from rlrag.model import hf
+from rlrag.model import families, hf
 from rlrag.model.architecture import Architecture, EncoderArchitecture
 from rlrag.model.bert import Bert
 from rlrag.model.parameters import Transformer
@@ -96,7 +96,7 @@ class Encoder:
             "max_tokens": max_tokens,
         }
         found = read_encoder_folder(path, given)
-        architecture = hf.read_architecture(found.model, dtype=dtype, param_dtype=dtype)
+        architecture = families.read_architecture(found.model, dtype=dtype, param_dtype=dtype)
         if isinstance(architecture, Architecture):
             architecture = dataclasses.replace(architecture, tied=True)  # nothing is decoded: no head is read
         mesh = _one_device() if mesh is None else mesh

@@ -132,8 +132,8 @@ def test_what_is_not_visible_does_not_matter(case):
 
 
 def test_the_published_frequencies_of_llama_3():
-    """Llama 3.1: theta 500,000, factor 8, low 1, high 4, 8,192 positions, heads of 128. Its shortest wavelengths stay, its
-    longest are eight times longer, and one between is a mixture."""
+    """Llama 3.1: theta 500,000, factor 8, low 1, high 4, 8,192 positions, heads of 128. Its shortest wavelengths stay,
+    its longest are eight times longer, and one between is a mixture."""
     a = Architecture(
         head_dim=128, rope_theta=5e5, rope_scaling="llama3", rope_factor=8.0, rope_low=1.0, rope_high=4.0,
         rope_positions=8192,

@@ -10,11 +10,17 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from rlrag.agents.workflow import Sampling
 from rlrag.mesh import make_mesh
-from rlrag.model import bert, hf, parameters
+from rlrag.model import bert, families, hf
 from rlrag.model.architecture import Architecture, EncoderArchitecture
-from rlrag.model.transformer import trunk
+from rlrag.model.parameters import num_parameters
+from rlrag.model.transformer import pack, trunk
+from rlrag.rollout.advance import Spec
+from rlrag.rollout.decoder import Decoder
+from tests import decoders
 from tests.encoders import CHECKPOINTS, FIXTURES
+from tests.model.rehearsal import cached_logits, padded_logits
 
 BERT, SHARDS = FIXTURES / "sentence-bert", FIXTURES / "qwen2-shards"
 
@@ -23,7 +29,7 @@ BERT, SHARDS = FIXTURES / "sentence-bert", FIXTURES / "qwen2-shards"
 def test_hidden_states_are_those_of_torch(name):
     folder = FIXTURES / name
     wanted = load_file(folder / "expected.safetensors")
-    a = hf.read_architecture(folder)
+    a = families.read_architecture(folder)
     if isinstance(a, Architecture):
         a = dataclasses.replace(a, tied=True)  # some were saved without a head
     params = hf.load_parameters(folder, a)
@@ -35,6 +41,45 @@ def test_hidden_states_are_those_of_torch(name):
         parent = np.zeros((len(tokens), 2), np.int32)
         hidden = jax.jit(trunk, static_argnums=1)(params, a, tokens, segment * column, segment, parent)
     np.testing.assert_allclose(hidden * segment[..., None], wanted["hidden"], atol=1e-5)
+
+
+@pytest.fixture(scope="module", params=[checkpoint.name for checkpoint in decoders.CHECKPOINTS])
+def decoder(request):
+    """A decoder of each family as transformers saved it, and what torch makes of it (tests/golden_decoders.py)."""
+    folder = decoders.FIXTURES / request.param
+    a = families.read_architecture(folder)
+    assert isinstance(a, Architecture)
+    params = hf.load_parameters(folder, a)
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == num_parameters(a)
+    return params, a, load_file(folder / "expected.safetensors")
+
+
+def test_logits_of_every_family_are_those_of_torch(decoder):
+    params, a, wanted = decoder
+    np.testing.assert_allclose(padded_logits(params, a, wanted["tokens"]), wanted["logits"], atol=1e-4)
+    ids, logits = cached_logits(params, a, wanted["tokens"])
+    np.testing.assert_array_equal(ids, wanted["continued"])
+    np.testing.assert_allclose(logits.max(-1), wanted["cached"], atol=1e-4)
+
+
+def test_the_engine_continues_every_family_as_torch_does(decoder):
+    """64 greedy tokens after prompts of different lengths, over pages, chunks and slots."""
+    params, a, wanted = decoder
+    spec = Spec(
+        num_slots=2, num_pages=64, page_size=4, max_tokens=96, burst=16, prefill_rows=2, prefill_chunk=5,
+        prefill_chunks=2, num_kept=0,
+    )  # fmt: skip
+    sampler = Decoder(a, spec, [b"x"] * a.vocab_size, -1, make_mesh(devices=jax.devices()[:1]))
+    sampler.start(pack(params, a), jax.random.key(0))
+    for uid, (row, length) in enumerate(zip(wanted["tokens"], decoders.PROMPTS)):
+        stream = sampler.open(uid, 0)
+        stream.append(row[:length].tolist())
+        sampler.submit(stream, uid, (), decoders.CONTINUED, Sampling(temperature=0.0), None)
+    found = {}
+    while sampler.launch():
+        found |= {call.ticket: call for _, call in sampler.collect()}
+    for uid, ids in enumerate(wanted["continued"]):
+        np.testing.assert_array_equal(found[uid].emitted()[0], ids)
 
 
 def copied(folder, tmp_path, **config):
@@ -58,7 +103,7 @@ def same(first, second) -> None:
 
 
 def load(folder, **changes):
-    a = dataclasses.replace(hf.read_architecture(folder), **changes)
+    a = dataclasses.replace(families.read_architecture(folder), **changes)
     return hf.load_parameters(folder, a)
 
 
@@ -104,52 +149,20 @@ def test_a_head_is_read_or_left_and_a_value_head_starts_anew():
         load(FIXTURES / "llama-mean")
 
 
+def test_new_rows_of_a_larger_vocabulary_are_the_mean_of_the_others():
+    old, new = load(SHARDS), load(SHARDS, vocab_size=families.read_architecture(SHARDS).vocab_size + 5)
+    for mine, wanted in ((new.embed, old.embed), (new.head, old.head)):
+        np.testing.assert_array_equal(mine[:-5], wanted)
+        np.testing.assert_allclose(mine[-5:], np.broadcast_to(np.mean(wanted, 0), (5, 12)), atol=1e-7)
+    with pytest.raises(ValueError, match=r"embed_tokens.weight' has the shape"):
+        load(SHARDS, vocab_size=9)
+
+
 def test_parameters_are_laid_over_the_mesh():
-    a = hf.read_architecture(BERT)
+    a = families.read_architecture(BERT)
     params = hf.load_parameters(BERT, a, mesh=make_mesh(devices=jax.devices()[:1]))
     same(params, load(BERT))
     assert tuple(params.layers.up.sharding.spec) == (None, "data", "model")
-
-
-def test_shapes_of_each_family():
-    a = hf.read_architecture(FIXTURES / "Qwen3-Embedding-tiny", dtype="bfloat16")
-    assert isinstance(a, Architecture)
-    assert (a.qk_norm, a.qkv_bias, a.head_dim, a.num_kv_heads, a.norm_epsilon) == (True, False, 6, 2, 1e-5)
-    assert (a.dtype, a.param_dtype) == ("bfloat16", "float32")
-    a = hf.read_architecture(SHARDS)
-    assert isinstance(a, Architecture)
-    assert (a.qk_norm, a.qkv_bias, a.head_dim, a.rope_theta, a.tied) == (False, True, 4, 1e6, False)
-    assert parameters.describe(a).head is not None
-
-
-def test_what_a_config_leaves_out_is_what_transformers_takes(tmp_path):
-    old = {"rope_parameters": ..., "rope_theta": 5e5, "num_key_value_heads": ..., "head_dim": ..., "rms_norm_eps": ...}
-    a = hf.read_architecture(copied(FIXTURES / "llama-mean", tmp_path, **old))
-    assert isinstance(a, Architecture)
-    assert (a.rope_theta, a.num_kv_heads, a.head_dim, a.norm_epsilon, a.tied) == (5e5, 2, 4, 1e-6, False)
-
-
-@pytest.mark.parametrize(
-    ("name", "changes", "message"),
-    [
-        ("sentence-bert", {"model_type": "roberta"}, "model_type is 'roberta': models of bert, llama, qwen2, qwen3"),
-        ("sentence-bert", {"model_type": ...}, "model_type is None"),
-        ("sentence-bert", {"hidden_act": "gelu_new"}, "hidden_act is 'gelu_new': only 'gelu' is computed"),
-        ("sentence-bert", {"position_embedding_type": "relative_key"}, "position_embedding_type is 'relative_key'"),
-        ("sentence-bert", {"hidden_size": None}, "hidden_size is None: give a whole number"),
-        ("sentence-bert", {"num_attention_heads": 5}, "embed_dim is 12, not a multiple of num_heads 5"),
-        ("sentence-bert", {"quantization_config": {"bits": 4}}, "quantization_config is {'bits': 4}: this is not read"),
-        ("llama-mean", {"attention_bias": True}, "attention_bias is True: only False is computed"),
-        ("llama-mean", {"rope_parameters": {"rope_type": "llama3"}}, "positions are scaled .'llama3'"),
-        ("llama-mean", {"rope_parameters": ..., "rope_scaling": {"type": "yarn"}}, "positions are scaled .'yarn'"),
-        ("qwen2-shards", {"use_sliding_window": True}, "use_sliding_window is True"),
-        ("qwen2-shards", {"layer_types": ["sliding_attention"]}, "layer_types has .'sliding_attention'"),
-    ],
-)
-def test_a_config_that_cannot_be_computed_is_one_line(tmp_path, name, changes, message):
-    with pytest.raises(ValueError, match=message) as raised:
-        hf.read_architecture(copied(FIXTURES / name, tmp_path, **changes))
-    assert "\n" not in str(raised.value)
 
 
 LAYER = "encoder.layer.1.output.dense.weight"
@@ -160,7 +173,7 @@ LAYER = "encoder.layer.1.output.dense.weight"
     [
         (lambda t: {name: x for name, x in t.items() if name != LAYER}, f"the tensor '{LAYER}' is missing"),
         (lambda t: t | {LAYER: t[LAYER][1:]}, rf"'{LAYER}' has the shape \[11, 20\], config.json asks for \[12, 20\]"),
-        (lambda t: t | {LAYER: t[LAYER].astype(np.int8)}, f"'{LAYER}' is int8: give one of"),
+        (lambda t: t | {LAYER: t[LAYER].astype(np.int8)}, f"'{LAYER}' is I8: give one of"),
         (lambda t: t | {"encoder.layer.2.output.dense.bias": t[LAYER]}, "'encoder.layer.2.*' is not part of the model"),
     ],
 )
@@ -173,7 +186,7 @@ def test_a_wrong_tensor_is_one_line(tmp_path, change, message):
 
 def test_missing_and_broken_files_are_one_line(tmp_path):
     with pytest.raises(ValueError, match=r"there is no config.json in .*absent"):
-        hf.read_architecture(tmp_path / "absent")
+        families.read_architecture(tmp_path / "absent")
     copy = copied(SHARDS, tmp_path)
     (copy / "model-00002-of-00003.safetensors").write_bytes(b"no header")
     with pytest.raises(ValueError, match=r"model-00002-of-00003.safetensors is not a whole safetensors file"):

@@ -30,8 +30,18 @@ VARIANTS = {
     "window": dataclasses.replace(PLAIN, pattern="L", window=4),
     "mixed": dataclasses.replace(PLAIN, pattern="LG", window=3),
     "gemma3": dataclasses.replace(
-        PLAIN, pattern="LLG", window=4, local_rope_theta=100.0, rope_scaling="linear", rope_factor=8.0, qk_norm=True,
-        norm_offset=1.0, post_norms=True, activation="gelu_tanh", attention_scale=0.4, embed_scale=24**0.5,
+        PLAIN,
+        pattern="LLG",
+        window=4,
+        local_rope_theta=100.0,
+        rope_scaling="linear",
+        rope_factor=8.0,
+        qk_norm=True,
+        norm_offset=1.0,
+        post_norms=True,
+        activation="gelu_tanh",
+        attention_scale=0.4,
+        embed_scale=24**0.5,
     ),
 }
 
