@@ -63,7 +63,8 @@ def load_parameters(
             index = tuple(slice(*cut.indices(size)) for cut, size in zip(whole, leaf.shape, strict=True))
             return checkpoint.part(family.names.get(place), leaf, index, dtype)
 
-        return jax.make_array_from_callback(leaf.shape, where, part)
+        # Waited for: what the device copies from would pile up otherwise.
+        return jax.block_until_ready(jax.make_array_from_callback(leaf.shape, where, part))
 
     # The largest first: what a leaf needs on its way, a copy of itself, is then never beside a full memory.
     order = sorted(range(len(leaves)), key=lambda number: -np.prod(leaves[number][1].shape, dtype=np.int64))
