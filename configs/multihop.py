@@ -14,8 +14,7 @@ The paths are those of the data beside the repository, seen from its root: give 
 chooses nothing: validation is cut from train.
 """
 
-from rlrag.config import Agent, Data, Experiment, Retriever, Reward, Rollout, Stage, Tokenizer, Update
-from rlrag.model.architecture import Architecture
+from rlrag.config import Agent, Data, Experiment, Model, Retriever, Reward, Rollout, Stage, Tokenizer, Update
 
 VARIANTS = ("bm25", "dense", "smoke")
 DENSE = "runs/minilm"  # an index that launch.build_index made
@@ -50,7 +49,7 @@ def bm25() -> Experiment:
         name="multihop:bm25",
         steps=60,
         checkpoint_every=50,
-        model=Architecture(vocab_size=4096, num_layers=3, embed_dim=192, num_heads=4, num_kv_heads=4, head_dim=48,
+        model=Model(vocab_size=4096, num_layers=3, embed_dim=192, num_heads=4, num_kv_heads=4, head_dim=48,
                            mlp_dim=384, embed_scale=192**0.5, scan_unroll=3),
         data=Data(
             train=f"{QUESTIONS}?split=train&{SETS}&seed=0&skip=64",
@@ -73,7 +72,7 @@ def bm25() -> Experiment:
 def shrink(experiment: Experiment) -> None:
     """Every size as small as the loop allows."""
     experiment.name, experiment.steps, experiment.checkpoint_every = "multihop:smoke", 2, 1
-    experiment.model = Architecture(vocab_size=512, num_layers=1, embed_dim=16, num_heads=2, num_kv_heads=2, head_dim=8,
+    experiment.model = Model(vocab_size=512, num_layers=1, embed_dim=16, num_heads=2, num_kv_heads=2, head_dim=8,
                                     mlp_dim=32)  # fmt: skip
     experiment.tokenizer.train_vocab_size = 512
     data = experiment.data

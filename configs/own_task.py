@@ -7,8 +7,7 @@ Rows are JSONL of {question, answers}, {question, answer: "... #### N"} (GSM8K),
 row is what the warm-up learns to write. docs/guides/your_own_task.md has the rest.
 """
 
-from rlrag.config import Agent, Data, Experiment, Retriever, Reward, Rollout, Stage, Tokenizer, Update
-from rlrag.model.architecture import Architecture
+from rlrag.config import Agent, Data, Experiment, Model, Retriever, Reward, Rollout, Stage, Tokenizer, Update
 
 VARIANTS = ("answer", "gsm8k", "smoke")
 
@@ -26,7 +25,7 @@ def get_config(variant: str = "answer") -> Experiment:
         experiment.reward.metric = "gsm8k"
     if variant == "smoke":
         experiment.steps, experiment.warm_up.steps = 2, 2
-        experiment.model = Architecture(
+        experiment.model = Model(
             vocab_size=512, num_layers=1, embed_dim=16, num_heads=2, num_kv_heads=2, head_dim=8, mlp_dim=32
         )
         experiment.tokenizer.train_vocab_size = 300
@@ -45,7 +44,7 @@ def answer() -> Experiment:
     return Experiment(
         name="own_task:answer",
         steps=100,
-        model=Architecture(
+        model=Model(
             vocab_size=2048, num_layers=3, embed_dim=192, num_heads=4, num_kv_heads=4, head_dim=48, mlp_dim=384,
             embed_scale=192**0.5, scan_unroll=3,
         ),

@@ -3,8 +3,7 @@
 python -m launch.train --config=configs/search_grpo.py:demo --workdir=runs/demo
 """
 
-from rlrag.config import Data, Experiment, Retriever, Rollout, Stage, Update
-from rlrag.model.architecture import Architecture
+from rlrag.config import Data, Experiment, Model, Retriever, Rollout, Stage, Update
 
 VARIANTS = ("demo", "supervised")
 
@@ -37,7 +36,7 @@ def demo() -> Experiment:
         name="search_grpo:demo",
         steps=120,
         # Two layers are enough to look a passage up; two kv heads read as well as eight and decode faster.
-        model=Architecture(
+        model=Model(
             num_layers=2, embed_dim=128, num_heads=8, num_kv_heads=2, head_dim=16, mlp_dim=320,
             embed_scale=128**0.5, scan_unroll=2,
         ),

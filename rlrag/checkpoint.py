@@ -18,6 +18,11 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from rlrag.model.architecture import Architecture
+from rlrag.model.parameters import Transformer, initialize, shardings
+
+PARAMETERS = "parameters"  # in the folder of a model that launch.convert wrote
+
 
 class Checkpoints:
     """The checkpoints of one run, under `directory`; the newest `keep` stay."""
@@ -65,6 +70,17 @@ class Checkpoints:
         with self._told(step), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
             return reader.restore(self.directory.resolve() / str(step) / "state", args=args)["params"][model]
 
+    def shapes(self, step: int, model: str = "policy") -> dict[str, tuple[int, ...]]:
+        """The shape of every parameter of a model, by its path in the tree."""
+        with self._told(step), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+            tree = reader.metadata(self.directory.resolve() / str(step) / "state").item_metadata.tree["params"]
+            if model not in tree:
+                raise ValueError(f"there is no model {model!r}, but {', '.join(tree)}")
+            leaves = jax.tree_util.tree_leaves_with_path(tree[model])
+            return {
+                jax.tree_util.keystr(path, simple=True, separator="."): tuple(leaf.shape) for path, leaf in leaves
+            }
+
     @contextmanager
     def _told(self, step: int) -> Iterator[None]:
         """Whatever Orbax raises while it reads, in one line with a remedy."""
@@ -78,6 +94,27 @@ class Checkpoints:
 
     def close(self) -> None:
         self._manager.close()
+
+
+def save_parameters(folder: Path, params: Any) -> None:
+    """A model's parameters alone, under `folder`: each leaf in parts that many processes can read at once."""
+    with ocp.StandardCheckpointer() as writer:
+        writer.save(folder.resolve() / PARAMETERS, params, force=True)
+
+
+def restore_parameters(folder: Path, architecture: Architecture, mesh: jax.sharding.Mesh) -> Transformer:
+    """What save_parameters wrote, in the dtype and over the mesh that are asked for. ValueError where it cannot be
+    read."""
+    like = jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+        jax.eval_shape(lambda: initialize(architecture, jax.random.key(0))),
+        shardings(architecture, mesh),
+    )
+    try:
+        with ocp.StandardCheckpointer() as reader:
+            return reader.restore(folder.resolve() / PARAMETERS, like)
+    except Exception as error:
+        raise ValueError(f"{folder / PARAMETERS} cannot be read ({first_line(error)}): convert the model again") from error
 
 
 def first_line(error: Exception) -> str:

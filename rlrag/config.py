@@ -12,6 +12,17 @@ from typing import Any, ClassVar, Literal
 from rlrag.model.architecture import Architecture
 
 
+@dataclass(unsafe_hash=True)
+class Model(Architecture):
+    """The policy: a shape of one's own, or a published model, whose shape and parameters are then taken."""
+
+    MAIN: ClassVar[str] = "path"
+
+    # A Hugging Face folder, what launch.convert wrote, or a hub id (owner/name). Its config.json then decides every field
+    # above but dtype, param_dtype, remat, scan_unroll and value_head.
+    path: str = ""
+
+
 @dataclass
 class Mesh:
     """Sizes of the device mesh."""
@@ -39,7 +50,9 @@ class Data:
 class Tokenizer:
     """Where token ids come from."""
 
-    path: str = ""  # a tokenizer.json or a Hugging Face directory; empty: the world's own, or trained on the corpus
+    # A tokenizer.json or a Hugging Face directory; empty: that of model.path, the world's own, or trained on the corpus.
+    path: str = ""
+    chat_template: bool = False  # questions and passages are messages in the chat template of the tokenizer's directory
     train_vocab_size: int = 4096  # of a byte-level BPE trained on the corpus, where one is
     cache: str = ""  # directory that keeps a trained tokenizer; empty: the run's own
 
@@ -236,7 +249,7 @@ class Experiment:
     checkpoint_every: int = 50  # steps; the end of a stage is saved too
     best_metric: str = "em"  # of validation: its best parameters are kept in DIR/best
     log_episodes: int = 16  # episodes a step kept for the page (launch.view), and ten times as many of the last test
-    model: Architecture = field(default_factory=Architecture)
+    model: Model = field(default_factory=Model)
     mesh: Mesh = field(default_factory=Mesh)
     data: Data = field(default_factory=Data)
     tokenizer: Tokenizer = field(default_factory=Tokenizer)

@@ -59,6 +59,7 @@ class Plan:
 def dry_run(experiment: config.Experiment, directory: Path) -> list[Plan]:
     """The plan of every stage that has steps. Raises ValueError, as training does, for what cannot work."""
     config.check(experiment)
+    experiment = resolved(experiment, directory)
     if experiment.warm_start:
         workdir.finished(experiment)
     mesh = make_mesh(experiment.mesh.data, experiment.mesh.model)

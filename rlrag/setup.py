@@ -2,15 +2,21 @@
 model they play with, each built from an experiment and its task."""
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, fields, replace
+from pathlib import Path
 
 import jax
 
 from rlrag import config
+from rlrag.checkpoint import PARAMETERS, restore_parameters
 from rlrag.data.task import Task
 from rlrag.loading import load_function
 from rlrag.mesh import DATA
 from rlrag.model.architecture import Architecture
+from rlrag.model.families import CONFIG, read_architecture, read_json
+from rlrag.model.folder import folder_of
+from rlrag.model.hf import load_parameters
+from rlrag.model.parameters import Transformer, grown, reshaped, shardings
 from rlrag.recipes.recipe import WARM_UP, Stage
 from rlrag.retrieval.client import CachedRetriever
 from rlrag.rollout.advance import Spec
@@ -48,9 +54,42 @@ def check_sizes(task: Task, stages: tuple[Stage, ...], mesh: jax.sharding.Mesh) 
             )
 
 
+def resolved(experiment: config.Experiment, directory: Path) -> config.Experiment:
+    """The experiment with the shape of the published model that model.path names, where it names one.
+
+    directory: of the run, which keeps what describes that model (folder_of). Raises ValueError where there is no such
+    model, or one that is no decoder.
+    """
+    own = experiment.model
+    if not own.path:
+        return experiment
+    folder = folder_of(own.path, directory)
+    found = read_architecture(folder)
+    if not isinstance(found, Architecture):
+        raise ValueError(f"model.path is {own.path!r}, an encoder: a policy is a decoder")
+    kept = {name: getattr(own, name) for name in ("dtype", "param_dtype", "remat", "scan_unroll", "value_head")}
+    return replace(experiment, model=config.Model(**asdict(found) | kept, path=own.path))
+
+
 def build_architecture(experiment: config.Experiment, task: Task) -> Architecture:
     """The experiment's model with room for every token of the task."""
-    return replace(experiment.model, vocab_size=max(experiment.model.vocab_size, task.tokenizer.vocab_size))
+    model = experiment.model
+    own = {field.name: getattr(model, field.name) for field in fields(Architecture)}
+    return Architecture(**own | {"vocab_size": max(model.vocab_size, task.tokenizer.vocab_size)})
+
+
+def load_policy(folder: Path, a: Architecture, mesh: jax.sharding.Mesh) -> Transformer:
+    """The parameters of a published model laid over the mesh, with rows for the tokens that `a` has beyond its own."""
+    plain = replace(a, vocab_size=read_json(folder / CONFIG)["vocab_size"], value_head=False)
+    if (folder / PARAMETERS).is_dir():
+        params = restore_parameters(folder, plain, mesh)
+    else:
+        params = load_parameters(folder, plain, mesh=mesh)
+    assert isinstance(params, Transformer)
+    if a.vocab_size > plain.vocab_size:
+        wider = replace(plain, vocab_size=a.vocab_size)
+        params = jax.jit(lambda p: grown(p, wider), out_shardings=shardings(wider, mesh))(params)
+    return reshaped(params, a)
 
 
 def build_spec(experiment: config.Experiment, task: Task) -> Spec:

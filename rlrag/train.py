@@ -23,6 +23,7 @@ from rlrag.learner import Learner
 from rlrag.mesh import make_mesh
 from rlrag.metrics import Writer, num_rows, rewind, round_for_json
 from rlrag.model.architecture import Architecture
+from rlrag.model.folder import KEPT, folder_of, keep_description, locate
 from rlrag.model.parameters import Transformer, initialize, num_parameters, shardings
 from rlrag.model.transformer import DecodeWeights, pack
 from rlrag.recipes.recipe import POLICY, WARM_UP, Stage
@@ -30,7 +31,15 @@ from rlrag.report import describe, draw_curve, versions
 from rlrag.retrieval.index import Index
 from rlrag.retrieval.service import open_remote
 from rlrag.rollout.engine import Engine
-from rlrag.setup import acting_models, build_architecture, build_engine, build_stages, check_sizes
+from rlrag.setup import (
+    acting_models,
+    build_architecture,
+    build_engine,
+    build_stages,
+    check_sizes,
+    load_policy,
+    resolved,
+)
 from rlrag.signals import Stopping
 from rlrag.trajectory import Group
 from rlrag.watch import Alarm, Watchman
@@ -90,6 +99,7 @@ class Run:
 def train(experiment: config.Experiment, directory: Path) -> dict[str, Any]:
     """Train from the start, or from the newest checkpoint in the directory; returns what result.json holds."""
     config.check(experiment)
+    experiment = resolved(experiment, directory)
     workdir.open_workdir(directory, experiment)
     result = workdir.read(directory / "result.json") if workdir.holds_checkpoint(directory) else None
     if result is not None:
@@ -115,6 +125,8 @@ def train(experiment: config.Experiment, directory: Path) -> dict[str, Any]:
 def set_up(
     experiment: config.Experiment, directory: Path, mesh: jax.sharding.Mesh, stopping: Stopping, remote: Index | None
 ) -> Run:
+    if experiment.model.path and (folder := folder_of(experiment.model.path, directory)) != directory / KEPT:
+        keep_description(folder, directory / KEPT)
     task = open_task(experiment, directory, remote)
     a, stages = build_architecture(experiment, task), build_stages(experiment, task)
     check_sizes(task, stages, mesh)
@@ -158,8 +170,11 @@ def play_stage(run: Run, number: int, models: Models) -> Models:
 
 
 def first_policy(run: Run) -> Transformer:
-    """Fresh parameters, or those of the run that `warm_start` names, with the score they had."""
-    a, where = run.architecture, shardings(run.architecture, run.mesh)
+    """Fresh parameters, those of the model that model.path names, or of the run that `warm_start` names, with the score
+    they had."""
+    a, where, path = run.architecture, shardings(run.architecture, run.mesh), run.experiment.model.path
+    if path and not run.experiment.warm_start and run.saved is None:
+        return load_policy(locate(path), a, run.mesh)
     begin = jax.jit(lambda key: initialize(a, key), out_shardings=where)
     params = begin(jax.random.fold_in(run.key, 0))
     if not run.experiment.warm_start or run.saved is not None:  # what is saved has both

@@ -2,8 +2,7 @@
 
 from dataclasses import replace
 
-from rlrag.config import Data, Experiment, Rollout, Stage, Update
-from rlrag.model.architecture import Architecture
+from rlrag.config import Data, Experiment, Model, Rollout, Stage, Update
 
 
 def tiny() -> Experiment:
@@ -13,7 +12,7 @@ def tiny() -> Experiment:
         name="tiny",
         steps=4,
         checkpoint_every=2,
-        model=Architecture(num_layers=1, embed_dim=16, num_heads=2, num_kv_heads=2, head_dim=8, mlp_dim=32),
+        model=Model(num_layers=1, embed_dim=16, num_heads=2, num_kv_heads=2, head_dim=8, mlp_dim=32),
         data=Data(
             train="world:multihop?split=train&n=100000",
             validation="world:multihop?split=validation&n=8",

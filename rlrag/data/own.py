@@ -14,7 +14,7 @@ from rlrag.agents.answer import AnswerAgent
 from rlrag.agents.workflow import Episode, Generate, Script, drive
 from rlrag.config import Experiment
 from rlrag.data.task import Task, agent_changes, open_source
-from rlrag.data.text import open_tokenizer
+from rlrag.data.text import open_chat, open_tokenizer
 from rlrag.trajectory import Example, Passage, Trajectory
 
 MOST_TEST, MOST_VALIDATION = 512, 256
@@ -37,7 +37,8 @@ def open_own_task(experiment: Experiment, workdir: Path | None = None) -> Task:
     tokenizer = open_tokenizer(experiment, list(texts), workdir)
     tokenizer.pad_to(experiment.model.vocab_size)
     known = ("max_tokens", "max_tokens_per_turn", "instruction")
-    agent = AnswerAgent(tokenizer, **{k: v for k, v in agent_changes(experiment.agent).items() if k in known})
+    chat = open_chat(experiment, tokenizer, workdir)
+    agent = AnswerAgent(tokenizer, chat=chat, **{k: v for k, v in agent_changes(experiment.agent).items() if k in known})
     demonstrate = demonstrator(agent) if "solution" in train[0].fields else None
     return Task(tokenizer, agent, NoIndex(), train, validation, test, demonstrate=demonstrate)
 

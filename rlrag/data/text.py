@@ -12,6 +12,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from rlrag.agents.chat import Chat, chat_template, transformers_render
 from rlrag.agents.search import SearchAgent
 from rlrag.agents.tags import Tags
 from rlrag.agents.tokenizer import Tokenizer, train_bpe
@@ -19,6 +20,7 @@ from rlrag.agents.workflow import Script
 from rlrag.config import Experiment, Retriever
 from rlrag.data.task import Task, agent_changes, open_source
 from rlrag.data.traces import Traces
+from rlrag.model.folder import folder_of
 from rlrag.retrieval.bm25 import Bm25Index
 from rlrag.retrieval.corpus import StoredPassages, read_corpus
 from rlrag.retrieval.index import Index, Openings
@@ -37,7 +39,8 @@ def open_text_task(experiment: Experiment, workdir: Path | None = None, remote: 
     passages = read_passages(experiment)
     tokenizer = open_tokenizer(experiment, corpus_texts(passages), workdir)
     tokenizer.pad_to(experiment.model.vocab_size)  # before the agent reads the vocabulary
-    agent = SearchAgent(tokenizer, **agent_changes(experiment.agent))
+    chat = open_chat(experiment, tokenizer, workdir)
+    agent = SearchAgent(tokenizer, chat=chat, **agent_changes(experiment.agent))
     index = Openings(remote or open_local(experiment.retriever, passages), experiment.retriever.passage_words)
     data = experiment.data
     train, validation, test = (open_source(spec, data.format) for spec in (data.train, data.validation, data.test))
@@ -99,7 +102,7 @@ def corpus_texts(passages: Sequence[Passage]) -> list[str]:
 
 
 def open_tokenizer(experiment: Experiment, texts: Sequence[str], workdir: Path | None = None) -> Tokenizer:
-    """The tokenizer of `tokenizer.path`; else the one kept in `tokenizer.cache` or in the run's directory; else one
+    """The tokenizer of `tokenizer.path`; else of the model's folder; else the one kept in `tokenizer.cache` or in the run's directory; else one
     trained on the texts (of a corpus, of a task's rows), which is then kept there.
 
     Raises ValueError where the kept one was trained on something else.
@@ -107,6 +110,8 @@ def open_tokenizer(experiment: Experiment, texts: Sequence[str], workdir: Path |
     settings = experiment.tokenizer
     if settings.path:
         return Tokenizer.load(settings.path)
+    if experiment.model.path:
+        return Tokenizer.load(folder_of(experiment.model.path, workdir))
     size, tags = settings.train_vocab_size, Tags().strings
     folder = Path(settings.cache) if settings.cache else workdir and workdir / "tokenizer"
     trained_on = {"sha256": _digest(texts), "vocab_size": size, "special": list(tags)}
@@ -125,6 +130,21 @@ def open_tokenizer(experiment: Experiment, texts: Sequence[str], workdir: Path |
         tokenizer.save(folder)
         (folder / TRAINED_ON).write_text(json.dumps(trained_on) + "\n")  # last: it says that the folder is whole
     return tokenizer
+
+
+def open_chat(experiment: Experiment, tokenizer: Tokenizer, workdir: Path | None = None) -> Chat | None:
+    """The chat template of the tokenizer's folder where the experiment wants it."""
+    if not experiment.tokenizer.chat_template:
+        return None
+    if not experiment.tokenizer.path and not experiment.model.path:
+        raise ValueError(
+            "tokenizer.chat_template is true, but a tokenizer made here has no template: give --config.model.path=DIR or "
+            "--config.tokenizer.path=DIR"
+        )
+    folder = experiment.tokenizer.path or folder_of(experiment.model.path, workdir)
+    from transformers import AutoTokenizer  # a second or two, and only here
+
+    return chat_template(tokenizer, transformers_render(AutoTokenizer.from_pretrained(str(folder))))
 
 
 def _digest(texts: Sequence[str]) -> str:

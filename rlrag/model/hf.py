@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from rlrag.mesh import sharding
 from rlrag.model import bert, parameters
 from rlrag.model.architecture import Architecture, EncoderArchitecture
-from rlrag.model.families import CONFIG, Name, read_family, read_json
+from rlrag.model.families import Name, read_family, read_json
 from rlrag.model.parameters import Leaf, Transformer, is_leaf
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -37,8 +37,7 @@ def load_parameters(
     """The parameters of a model in `architecture.param_dtype`, laid over `mesh` (None: on the default device).
 
     architecture is what `read_architecture` gave, or differs from it in dtypes, remat, `tied` (True: a head of its own
-    is left unread), the value head, which starts as it does in a new model, and a larger vocabulary, whose new rows
-    are the mean of the others.
+    is left unread) and the value head, which starts as it does in a new model.
 
     Raises ValueError, naming the tensor, where one is missing, has another shape than config.json tells or is
     quantised, and where the trunk holds one that the architecture does not read.
@@ -51,7 +50,7 @@ def load_parameters(
         else parameters.describe(architecture)
     )
     leaves, tree = jax.tree_util.tree_flatten_with_path(description, is_leaf=is_leaf)
-    checkpoint = _Checkpoint(folder, family.prefix, read_json(folder / CONFIG)["vocab_size"])
+    checkpoint = _Checkpoint(folder, family.prefix)
     dtype = jnp.dtype(architecture.param_dtype)
 
     def load(path: Any, leaf: Leaf) -> jax.Array:
@@ -115,8 +114,8 @@ class _Checkpoint:
     A file is mapped for one tensor at a time, since what was read of a mapping counts as memory until it ends.
     """
 
-    def __init__(self, folder: Path, prefix: str, vocabulary: int):
-        self._folder, self._prefix, self._vocabulary = folder, prefix, vocabulary
+    def __init__(self, folder: Path, prefix: str):
+        self._folder, self._prefix = folder, prefix
         self._files = _tensor_files(folder)
         self._read: set[str] = set()
 
@@ -136,26 +135,17 @@ class _Checkpoint:
     def _read_into(self, target: np.ndarray, name: Name, layer: int, shape: tuple[int, ...], index: Index) -> None:
         own = name.template.format(layer)
         with self._tensor(own) as (file, tensor):
-            there = tuple(tensor.get_shape())
-            rows = self._vocabulary
-            grown = there[:1] == (rows,) and there[1:] == shape[1:] and shape[0] > rows and not name.turned
-            if there != (shape[::-1] if name.turned else shape) and not grown:
+            there, wanted = list(tensor.get_shape()), list(shape[::-1] if name.turned else shape)
+            if there != wanted:
                 raise ValueError(
-                    f"{file}: the tensor {own!r} has the shape {list(there)}, config.json asks for "
-                    f"{list(shape[::-1] if name.turned else shape)}: fetch both from the same place"
+                    f"{file}: the tensor {own!r} has the shape {there}, config.json asks for {wanted}: "
+                    "fetch both from the same place"
                 )
             if tensor.get_dtype() not in FLOATS:
                 raise ValueError(
                     f"{file}: the tensor {own!r} is {tensor.get_dtype()}: give one of {', '.join(FLOATS.values())}"
                 )
-            if grown:
-                old = tensor[:]
-                mean = np.mean(old, 0, dtype=np.float32, keepdims=True)
-                target[...] = np.concatenate([old, np.broadcast_to(mean, (shape[0] - rows, *shape[1:]))])[index]
-            elif name.turned:
-                target[...] = tensor[index[::-1]].T
-            else:
-                target[...] = tensor[index]
+            target[...] = tensor[index[::-1]].T if name.turned else tensor[index]
 
     @contextmanager
     def _tensor(self, name: str) -> Iterator[tuple[Path, Any]]:

@@ -147,6 +147,18 @@ def reshaped(params: Transformer, architecture: Architecture) -> Transformer:
     return params.replace(value_head=head)  # type: ignore[attr-defined]
 
 
+def grown(params: Transformer, architecture: Architecture) -> Transformer:
+    """The same model with a larger vocabulary: new rows are the mean of the others, so that none is likely at first."""
+
+    def more(rows: jax.Array | None) -> jax.Array | None:
+        if rows is None:
+            return None
+        mean = jnp.mean(rows, 0, keepdims=True, dtype=jnp.float32).astype(rows.dtype)
+        return jnp.concatenate([rows, jnp.repeat(mean, architecture.vocab_size - rows.shape[0], 0)])
+
+    return params.replace(embed=more(params.embed), head=more(params.head))  # type: ignore[attr-defined]
+
+
 def num_parameters(architecture: Architecture) -> int:
     leaves = jax.tree.leaves(describe(architecture), is_leaf=is_leaf)
     return sum(math.prod(leaf.shape) for leaf in leaves)

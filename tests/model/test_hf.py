@@ -149,15 +149,6 @@ def test_a_head_is_read_or_left_and_a_value_head_starts_anew():
         load(FIXTURES / "llama-mean")
 
 
-def test_new_rows_of_a_larger_vocabulary_are_the_mean_of_the_others():
-    old, new = load(SHARDS), load(SHARDS, vocab_size=families.read_architecture(SHARDS).vocab_size + 5)
-    for mine, wanted in ((new.embed, old.embed), (new.head, old.head)):
-        np.testing.assert_array_equal(mine[:-5], wanted)
-        np.testing.assert_allclose(mine[-5:], np.broadcast_to(np.mean(wanted, 0), (5, 12)), atol=1e-7)
-    with pytest.raises(ValueError, match=r"embed_tokens.weight' has the shape"):
-        load(SHARDS, vocab_size=9)
-
-
 def test_parameters_are_laid_over_the_mesh():
     a = families.read_architecture(BERT)
     params = hf.load_parameters(BERT, a, mesh=make_mesh(devices=jax.devices()[:1]))

@@ -12,6 +12,7 @@ from rlrag.model.architecture import Architecture
 from rlrag.model.families import read_architecture
 from rlrag.model.hf import INDEX, load_parameters, weight_files
 from rlrag.model.hf_export import export_model, find_config
+from rlrag.model.parameters import grown
 from tests import decoders
 
 NAMES = [checkpoint.name for checkpoint in decoders.CHECKPOINTS]
@@ -67,7 +68,9 @@ def test_a_configuration_is_written_that_reads_as_the_same_model(tmp_path, name)
 
 def test_the_configuration_a_model_came_with_is_kept(tmp_path):
     folder = decoders.FIXTURES / "gemma3"
-    params, a = load("gemma3", vocab_size=70)
+    params, a = load("gemma3")
+    a = dataclasses.replace(a, vocab_size=70)
+    params = grown(params, a)  # type: ignore[arg-type]
     export_model(params, a, tmp_path, source=folder)
     old, new = (json.loads((each / "config.json").read_text()) for each in (folder, tmp_path))
     assert new == old | {"vocab_size": 70, "dtype": "float32"}
