@@ -14,7 +14,7 @@ export UV_PYTHON_DOWNLOADS := never
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
 .PHONY: help venv minilm demo test test-matrix pytest lint kill-points fuzz disk-full retrieval-load dense-bench \
-	memory-check bench lock
+	memory-check load-memory parity bench lock
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -71,6 +71,17 @@ dense-bench: $(INSTALLED) ## dense search, exact and approximate: recall and que
 
 memory-check: $(INSTALLED) ## predicted against measured memory of a training of some GiB (CPU)
 	$(RUN) -m tests.memory_check
+
+load-memory: $(INSTALLED) ## host memory while a checkpoint of 1.5B shape is loaded (Linux; writes 3 GB of shards)
+	$(RUN) -m tests.load_memory
+
+# Torch is no dependency: it lives in a virtual environment of its own.
+parity: ## decoders and encoders against torch, transformers and peft (.venv-parity; WRITE=1 renews the fixtures)
+	@test -x .venv-parity/bin/python || $(PYTHON) -m venv .venv-parity
+	@.venv-parity/bin/python -m pip install --quiet torch==2.13.0
+	@.venv-parity/bin/python -m pip install --quiet --editable '.[dev]' peft==0.21.2 sentence-transformers==6.2.0 $(PINS)
+	.venv-parity/bin/python -m tests.golden_decoders $(if $(WRITE),,--check)
+	.venv-parity/bin/python -m tests.golden_encoders $(if $(WRITE),,--check)
 
 bench: $(INSTALLED) ## time every implementation of every kernel on this device
 	$(RUN) -m kernels.bench

@@ -1,8 +1,8 @@
 """Convert a model: python -m launch.convert --from=HF_DIR --to=DIR, and back
 
-    python -m launch.convert --from=Qwen/Qwen2.5-0.5B --to=runs/qwen      # for --config.model.path, read by many at once
-    python -m launch.convert --from=runs/demo --to=runs/exported          # a run's policy, for transformers
-    python -m launch.convert --from=runs/qwen --to=runs/exported          # and back
+    python -m launch.convert --from=Qwen/Qwen2.5-0.5B --to=runs/qwen     # for --config.model.path, read by many at once
+    python -m launch.convert --from=runs/nq --to=runs/exported           # a run's policy, for transformers
+    python -m launch.convert --from=runs/qwen --to=runs/exported         # and back
 
 A Hugging Face folder is read by --config.model.path as it is: converting it first is for pods, where every process then
 reads its own part of the parameters.
@@ -31,13 +31,9 @@ def main(values: flags.FlagValues) -> None:
     from rlrag.console import say
     from rlrag.convert import convert
 
-    fields = values.flag_values_dict()
-    say(
-        convert(
-            fields["from"], Path(values.to), model=values.model, best=values.best, dtype=values.dtype,
-            shard_bytes=int(values.shard_gb * 1e9),
-        )  # fmt: skip
-    )
+    source = values.flag_values_dict()["from"]
+    options = {"model": values.model, "best": values.best, "dtype": values.dtype}
+    say(convert(source, Path(values.to), shard_bytes=int(values.shard_gb * 1e9), **options))
 
 
 if __name__ == "__main__":

@@ -18,9 +18,6 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from rlrag.model.architecture import Architecture
-from rlrag.model.parameters import Transformer, initialize, shardings
-
 PARAMETERS = "parameters"  # in the folder of a model that launch.convert wrote
 
 
@@ -77,9 +74,7 @@ class Checkpoints:
             if model not in tree:
                 raise ValueError(f"there is no model {model!r}, but {', '.join(tree)}")
             leaves = jax.tree_util.tree_leaves_with_path(tree[model])
-            return {
-                jax.tree_util.keystr(path, simple=True, separator="."): tuple(leaf.shape) for path, leaf in leaves
-            }
+            return {jax.tree_util.keystr(path, simple=True, separator="."): tuple(leaf.shape) for path, leaf in leaves}
 
     @contextmanager
     def _told(self, step: int) -> Iterator[None]:
@@ -102,19 +97,15 @@ def save_parameters(folder: Path, params: Any) -> None:
         writer.save(folder.resolve() / PARAMETERS, params, force=True)
 
 
-def restore_parameters(folder: Path, architecture: Architecture, mesh: jax.sharding.Mesh) -> Transformer:
-    """What save_parameters wrote, in the dtype and over the mesh that are asked for. ValueError where it cannot be
-    read."""
-    like = jax.tree.map(
-        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
-        jax.eval_shape(lambda: initialize(architecture, jax.random.key(0))),
-        shardings(architecture, mesh),
-    )
+def restore_parameters(folder: Path, like: Any) -> Any:
+    """What save_parameters wrote, in the shapes, dtypes and shardings of `like`. ValueError where it cannot be read."""
     try:
         with ocp.StandardCheckpointer() as reader:
             return reader.restore(folder.resolve() / PARAMETERS, like)
     except Exception as error:
-        raise ValueError(f"{folder / PARAMETERS} cannot be read ({first_line(error)}): convert the model again") from error
+        raise ValueError(
+            f"{folder / PARAMETERS} cannot be read ({first_line(error)}): convert the model again"
+        ) from error
 
 
 def first_line(error: Exception) -> str:

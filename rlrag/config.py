@@ -18,8 +18,8 @@ class Model(Architecture):
 
     MAIN: ClassVar[str] = "path"
 
-    # A Hugging Face folder, what launch.convert wrote, or a hub id (owner/name). Its config.json then decides every field
-    # above but dtype, param_dtype, remat, scan_unroll and value_head.
+    # A Hugging Face folder, what launch.convert wrote, or a hub id (owner/name). Its config.json then decides every
+    # field above but dtype, param_dtype, remat, scan_unroll and value_head.
     path: str = ""
 
 
@@ -50,9 +50,9 @@ class Data:
 class Tokenizer:
     """Where token ids come from."""
 
-    # A tokenizer.json or a Hugging Face directory; empty: that of model.path, the world's own, or trained on the corpus.
+    # A tokenizer.json or a Hugging Face folder; empty: that of model.path, the world's own, or trained on the corpus.
     path: str = ""
-    chat_template: bool = False  # questions and passages are messages in the chat template of the tokenizer's directory
+    chat_template: bool = False  # questions and passages are messages in the chat template of the tokenizer's folder
     train_vocab_size: int = 4096  # of a byte-level BPE trained on the corpus, where one is
     cache: str = ""  # directory that keeps a trained tokenizer; empty: the run's own
 

@@ -21,7 +21,7 @@ from rlrag.model.families import CONFIG, read_architecture
 from rlrag.model.folder import KEPT, keep_description, locate
 from rlrag.model.hf import load_parameters
 from rlrag.model.hf_export import export_model
-from rlrag.model.parameters import Transformer, initialize
+from rlrag.model.parameters import Transformer, abstract, initialize
 
 GENERATION = "generation_config.json"
 
@@ -55,7 +55,7 @@ def convert(
     if (folder / PARAMETERS).is_dir():
         with written(to) as part:
             own = replace(found, param_dtype=dtype or stored_dtype(folder))
-            params = restore_parameters(folder, own, make_mesh(devices=jax.devices()[:1]))
+            params = restore_parameters(folder, abstract(own, make_mesh(devices=jax.devices()[:1])))
             export(params, own, part, folder, "", shard_bytes)
             describe(folder, part)
         return f"{to}: a model for transformers"

@@ -20,9 +20,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rlrag import config, workdir
 from rlrag.data.task import Task, open_task, served
 from rlrag.learner import Programs
-from rlrag.mesh import DATA, make_mesh, sharding
+from rlrag.mesh import DATA, make_mesh
 from rlrag.model.architecture import Architecture
-from rlrag.model.parameters import map_leaves, num_parameters
+from rlrag.model.parameters import abstract, num_parameters
 from rlrag.model.transformer import pack
 from rlrag.objectives.update import TrainState, Update
 from rlrag.packing import empty_batch
@@ -31,7 +31,7 @@ from rlrag.retrieval.service import open_remote
 from rlrag.rollout import cache as kv
 from rlrag.rollout.advance import Spec, build_advance
 from rlrag.rollout.decoder import check, empty_inbox
-from rlrag.setup import acting_models, build_architecture, build_spec, build_stages, check_sizes
+from rlrag.setup import acting_models, build_architecture, build_spec, build_stages, check_sizes, resolved
 
 # Where memory is the host's: what a training adds to its process beside arrays, most of it the compiler's (measured on
 # x86-64 with toy models, tests/memory_check.py).
@@ -82,7 +82,7 @@ def plan(
     weights, cache = decode_weights(a, mesh), abstract_cache(a, spec, mesh)
     lowered = lower_update(programs, stage, mesh)
     lowered["advance"] = lower_advance(experiment, task, a, spec, mesh, weights, cache)
-    params = {name: abstract_params(own, mesh) for name, own in programs.architectures.items()}
+    params = {name: abstract(own, mesh) for name, own in programs.architectures.items()}
     states = {name: abstract_state(update, params[name]) for name, update in programs.updates.items()}
     batch = abstract_batch(programs, stage, mesh)
     gradients = max((size(params[name]) for name in states), default=0)
@@ -126,13 +126,6 @@ def placed(tree: Any, where: Any) -> Any:
     return jax.tree.map(lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), tree, where)
 
 
-def abstract_params(a: Architecture, mesh: Mesh) -> Any:
-    dtype = jnp.dtype(a.param_dtype)
-    return map_leaves(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=sharding(mesh, leaf.axes, leaf.shape)), a
-    )
-
-
 def abstract_state(update: Update, params: Any) -> TrainState:
     where = update.where()
     opt_state = placed(jax.eval_shape(update.optimizer.init, params), where.opt_state)
@@ -145,7 +138,7 @@ def abstract_batch(programs: Programs, stage: Stage, mesh: Mesh) -> Any:
 
 
 def decode_weights(a: Architecture, mesh: Mesh) -> Any:
-    weights = jax.eval_shape(lambda params: pack(params, a), abstract_params(a, mesh))
+    weights = jax.eval_shape(lambda params: pack(params, a), abstract(a, mesh))
     return placed(weights, NamedSharding(mesh, PartitionSpec()))
 
 
@@ -168,7 +161,7 @@ def lower_update(programs: Programs, stage: Stage, mesh: Mesh) -> dict[str, Any]
     """prepare, and accumulate and apply of each model that learns."""
     batch = abstract_batch(programs, stage, mesh)
     batches = dict.fromkeys(programs.reads.values(), batch)
-    params = {name: abstract_params(programs.architectures[name], mesh) for name in programs.updates}
+    params = {name: abstract(programs.architectures[name], mesh) for name in programs.updates}
     references = {name: params[name] if name in programs.refers else None for name in params}
     coefficients = {name: np.float32(c.value) for name, c in stage.recipe.coefficients.items()}
     num_micro = dict.fromkeys(batches, np.int32(1))

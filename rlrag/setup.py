@@ -4,6 +4,7 @@ model they play with, each built from an experiment and its task."""
 from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -16,7 +17,7 @@ from rlrag.model.architecture import Architecture
 from rlrag.model.families import CONFIG, read_architecture, read_json
 from rlrag.model.folder import folder_of
 from rlrag.model.hf import load_parameters
-from rlrag.model.parameters import Transformer, grown, reshaped, shardings
+from rlrag.model.parameters import Transformer, abstract, grown, reshaped, shardings
 from rlrag.recipes.recipe import WARM_UP, Stage
 from rlrag.retrieval.client import CachedRetriever
 from rlrag.rollout.advance import Spec
@@ -68,21 +69,22 @@ def resolved(experiment: config.Experiment, directory: Path) -> config.Experimen
     if not isinstance(found, Architecture):
         raise ValueError(f"model.path is {own.path!r}, an encoder: a policy is a decoder")
     kept = {name: getattr(own, name) for name in ("dtype", "param_dtype", "remat", "scan_unroll", "value_head")}
-    return replace(experiment, model=config.Model(**asdict(found) | kept, path=own.path))
+    return replace(experiment, model=replace(own, **asdict(found) | kept))
 
 
 def build_architecture(experiment: config.Experiment, task: Task) -> Architecture:
     """The experiment's model with room for every token of the task."""
     model = experiment.model
-    own = {field.name: getattr(model, field.name) for field in fields(Architecture)}
-    return Architecture(**own | {"vocab_size": max(model.vocab_size, task.tokenizer.vocab_size)})
+    own: dict[str, Any] = {field.name: getattr(model, field.name) for field in fields(Architecture)}
+    own["vocab_size"] = max(model.vocab_size, task.tokenizer.vocab_size)
+    return Architecture(**own)
 
 
 def load_policy(folder: Path, a: Architecture, mesh: jax.sharding.Mesh) -> Transformer:
     """The parameters of a published model laid over the mesh, with rows for the tokens that `a` has beyond its own."""
     plain = replace(a, vocab_size=read_json(folder / CONFIG)["vocab_size"], value_head=False)
     if (folder / PARAMETERS).is_dir():
-        params = restore_parameters(folder, plain, mesh)
+        params = restore_parameters(folder, abstract(plain, mesh))
     else:
         params = load_parameters(folder, plain, mesh=mesh)
     assert isinstance(params, Transformer)

@@ -36,6 +36,7 @@ RULES = {
     # Arrays: no text.
     "rlrag.model": Rule("rlrag.model kernels rlrag.batch rlrag.mesh", "jax numpy flax"),
     "rlrag.model.families": Rule("rlrag.model.architecture", ""),
+    "rlrag.model.folder": Rule("rlrag.model.families", "huggingface_hub"),
     "rlrag.model.hf": Rule("rlrag.model rlrag.mesh", "jax numpy safetensors"),
     "rlrag.model.hf_export": Rule("rlrag.model", "jax numpy safetensors"),
     "rlrag.rollout": Rule(
@@ -65,7 +66,9 @@ RULES = {
         "rlrag.data rlrag.trajectory rlrag.agents rlrag.config rlrag.retrieval rlrag.loading", "numpy"
     ),
     "rlrag.data.own": Rule("rlrag.data rlrag.trajectory rlrag.agents rlrag.config", "numpy"),
-    "rlrag.data.text": Rule("rlrag.data rlrag.trajectory rlrag.agents rlrag.config rlrag.retrieval", "numpy"),
+    "rlrag.data.text": Rule(
+        "rlrag.data rlrag.trajectory rlrag.agents rlrag.config rlrag.retrieval rlrag.model.folder", "numpy transformers"
+    ),
     "rlrag.data.worlds": Rule("rlrag.data rlrag.trajectory rlrag.agents", "numpy"),
     # What brings them together.
     "rlrag.recipes": Rule(
@@ -78,6 +81,7 @@ RULES = {
     "rlrag.checkpoint": Rule("rlrag.batch rlrag.mesh rlrag.config", "jax numpy flax orbax"),
     "rlrag.evaluate": Rule("kernels rlrag", "jax numpy scipy flax optax grain rich"),
     "rlrag.setup": Rule("kernels rlrag", "jax numpy"),
+    "rlrag.convert": Rule("kernels rlrag", "jax"),
     "rlrag.workdir": Rule("rlrag.config", ""),  # read before JAX is loaded
     "rlrag.statistics": Rule("", "numpy scipy"),
     "rlrag.study": Rule("rlrag.config rlrag.workdir rlrag.console", ""),  # its cells are processes of their own
@@ -100,6 +104,7 @@ RULES = {
         "absl ml_collections jax numpy rich",
     ),
     "launch.study": Rule("launch rlrag.study rlrag.results", "absl"),
+    "launch.convert": Rule("launch rlrag.convert rlrag.console", "absl"),
     "launch.view": Rule("launch rlrag.view", "absl"),
     "launch.prepare_data": Rule("launch rlrag.data rlrag.trajectory", "absl numpy tensorflow_datasets"),
     "launch.evaluate_retrieval": Rule("launch rlrag.retrieval", "absl"),

@@ -2,8 +2,8 @@
 
 A growing episode must never be rendered again: templates drop thinking from history, trim, and lose the newline after
 the end token, and then the policy is trained on a context it never saw. So the template is rendered once with
-sentinels where the contents go, cut there, and its pieces become ids. Everything after is concatenation, and every
-prompt is an exact prefix of what follows it.
+sentinels where the contents go, cut there, and its pieces become ids. Everything after a prompt is concatenation, and
+every prompt is an exact prefix of what follows it.
 """
 
 from collections.abc import Callable, Sequence
@@ -51,22 +51,25 @@ class Plain:
 
 @dataclass(frozen=True)
 class Template:
-    """A chat template as ids: `before` question `after`, and around a later message `close` ... `after`.
+    """A chat template: prompts as it renders them, and as ids what stands around a later message, `close` ... `reopen`.
+
+    An observation is ids already, cut to its room. Its ids are those of a rendering where what stands before it ends in
+    a newline or a special token (ChatML, Llama 3, Gemma); a template that puts a space there (Mistral) would merge it
+    with the first word, and here it stays a token of its own.
 
     inline: observations continue the assistant's own turn, as Search-R1 does, as long as the model has not ended it;
     otherwise each is a message of its own.
     """
 
     tokenizer: Tokenizer
-    before: tuple[int, ...]  # from the first token to the question
-    after: tuple[int, ...]  # from the question to where the model writes
+    render: Callable[[str], str]  # a question -> the text up to where the model writes
     close: tuple[int, ...]  # from the model's last token to an observation's message, its turn end included
     close_ended: tuple[int, ...]  # the same where the model sampled the end token itself
     reopen: tuple[int, ...]  # from an observation's message to where the model writes
     inline: bool
 
     def prompt(self, text: str) -> list[int]:
-        return [*self.before, *self.tokenizer.encode(text), *self.after]
+        return self.tokenizer.encode(self.render(text))
 
     def observation(self, ids: Sequence[int], ended: bool) -> list[int]:
         if self.inline and not ended:
@@ -93,10 +96,13 @@ def chat_template(
 
     observation_role: whose message an observation is where not inline ("user", or "tool" where the template knows it).
     """
-    question = [{"role": "user", "content": _QUESTION}]
-    if system is not None:
-        question.insert(0, {"role": "system", "content": system})
-    before, after = _cut(render(question, True), _QUESTION)
+    first = [] if system is None else [{"role": "system", "content": system}]
+
+    def prompt(text: str) -> str:
+        return render([*first, {"role": "user", "content": text}], True)
+
+    _cut(prompt(_QUESTION), _QUESTION)
+    question = [*first, {"role": "user", "content": _QUESTION}]
     reply = {"role": "assistant", "content": _REPLY}
     observation = {"role": observation_role, "content": _OBSERVATION}
     close, reopen = _cut(_cut(render([*question, reply, observation], True), _REPLY)[1], _OBSERVATION)
@@ -106,8 +112,8 @@ def chat_template(
             f"{tokenizer.end!r}: give the tokenizer the end token that the template uses"
         )
     close_ended = close.split(tokenizer.end, 1)[1]  # keeps the newline that follows the end token
-    pieces = [tuple(tokenizer.encode(piece)) for piece in (before, after, close, close_ended, reopen)]
-    return Template(tokenizer, *pieces, inline=inline)
+    pieces = [tuple(tokenizer.encode(piece)) for piece in (close, close_ended, reopen)]
+    return Template(tokenizer, prompt, *pieces, inline=inline)
 
 
 def transformers_render(fast: Any) -> Render:

@@ -38,7 +38,9 @@ def open_own_task(experiment: Experiment, workdir: Path | None = None) -> Task:
     tokenizer.pad_to(experiment.model.vocab_size)
     known = ("max_tokens", "max_tokens_per_turn", "instruction")
     chat = open_chat(experiment, tokenizer, workdir)
-    agent = AnswerAgent(tokenizer, chat=chat, **{k: v for k, v in agent_changes(experiment.agent).items() if k in known})
+    agent = AnswerAgent(
+        tokenizer, chat=chat, **{k: v for k, v in agent_changes(experiment.agent).items() if k in known}
+    )
     demonstrate = demonstrator(agent) if "solution" in train[0].fields else None
     return Task(tokenizer, agent, NoIndex(), train, validation, test, demonstrate=demonstrate)
 

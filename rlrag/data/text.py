@@ -102,8 +102,8 @@ def corpus_texts(passages: Sequence[Passage]) -> list[str]:
 
 
 def open_tokenizer(experiment: Experiment, texts: Sequence[str], workdir: Path | None = None) -> Tokenizer:
-    """The tokenizer of `tokenizer.path`; else of the model's folder; else the one kept in `tokenizer.cache` or in the run's directory; else one
-    trained on the texts (of a corpus, of a task's rows), which is then kept there.
+    """The tokenizer of `tokenizer.path`; else of the model's folder; else the one kept in `tokenizer.cache` or in the
+    run's directory; else one trained on the texts (of a corpus, of a task's rows), which is then kept there.
 
     Raises ValueError where the kept one was trained on something else.
     """
@@ -138,8 +138,8 @@ def open_chat(experiment: Experiment, tokenizer: Tokenizer, workdir: Path | None
         return None
     if not experiment.tokenizer.path and not experiment.model.path:
         raise ValueError(
-            "tokenizer.chat_template is true, but a tokenizer made here has no template: give --config.model.path=DIR or "
-            "--config.tokenizer.path=DIR"
+            "tokenizer.chat_template is true, but a tokenizer made here has no template: give --config.model.path=DIR "
+            "or --config.tokenizer.path=DIR"
         )
     folder = experiment.tokenizer.path or folder_of(experiment.model.path, workdir)
     from transformers import AutoTokenizer  # a second or two, and only here

@@ -113,6 +113,15 @@ def shardings(architecture: Architecture, mesh: Mesh):
     return laid(describe(architecture), mesh)
 
 
+def abstract(architecture: Architecture, mesh: Mesh) -> Any:
+    """Shapes, dtypes and shardings of every parameter, without any value."""
+    dtype = jnp.dtype(architecture.param_dtype)
+    return map_leaves(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=sharding(mesh, leaf.axes, leaf.shape)),
+        architecture,
+    )
+
+
 def initialize(architecture: Architecture, key: jax.Array) -> Transformer:
     """Fresh parameters in `param_dtype`; the value of a leaf depends on the key and its place in the tree alone."""
     return drawn(describe(architecture), architecture.param_dtype, key)

@@ -245,7 +245,7 @@ def _read_tokenizer(file: Path) -> tokenizers.Tokenizer:
 def _digest(folder: Path, settings: EncoderSettings, dtype: str) -> str:
     """Over what is in the files, not where they lie."""
     whole = hashlib.sha256()
-    for file in (folder / hf.CONFIG, *hf.weight_files(folder), folder / "tokenizer.json"):
+    for file in (folder / families.CONFIG, *hf.weight_files(folder), folder / "tokenizer.json"):
         with open(file, "rb") as opened:
             whole.update(hashlib.file_digest(opened, "sha256").digest())
     fields: dict[str, Any] = dataclasses.asdict(settings) | {"dtype": dtype}

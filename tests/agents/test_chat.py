@@ -95,3 +95,55 @@ def test_errors():
         chat_template(tokenizer, transformers_render(fast), inline=False)
     with pytest.raises(ValueError, match="has no chat template"):
         transformers_render(build(None)[0])
+
+
+# In the style of the families: how a turn begins and ends, what stands before the first, what system messages become.
+STYLES = {
+    "qwen2.5": (
+        ("<|im_start|>", "<|im_end|>"), "<|im_end|>",
+        "{% if messages[0].role != 'system' %}<|im_start|>system\nYou are helpful.<|im_end|>\n{% endif %}"
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+    ),
+    "llama3": (
+        ("<|begin|>", "<|head|>", "<|/head|>", "<|eot|>"), "<|eot|>",
+        "<|begin|>{% for m in messages %}<|head|>{{ m.role }}<|/head|>\n\n{{ m.content | trim }}<|eot|>{% endfor %}"
+        "{% if add_generation_prompt %}<|head|>assistant<|/head|>\n\n{% endif %}",
+    ),
+    "mistral": (
+        ("<s>", "</s>", "[INST]", "[/INST]"), "</s>",
+        "<s>{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
+        "{% else %} {{ m.content }}</s>{% endif %}{% endfor %}",
+    ),
+    "gemma3": (
+        ("<bos>", "<start_of_turn>", "<end_of_turn>"), "<end_of_turn>",
+        "<bos>{% for m in messages %}<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role }}\n"
+        "{{ m.content | trim }}<end_of_turn>\n{% endfor %}"
+        "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_ids_are_those_of_transformers(style):
+    """A whole conversation, with the real template engine."""
+    special, end, template = STYLES[style]
+    words = ["system user assistant model who wrote it? Ada did.\n"] * 3
+    trained = train_bpe(words, 320, special=special, end=end)
+    fast = PreTrainedTokenizerFast(tokenizer_object=trained.backend, eos_token=end, chat_template=template)
+    tokenizer = Tokenizer.from_transformers(fast)
+    chat = chat_template(tokenizer, transformers_render(fast), inline=False)
+    messages = [{"role": "user", "content": "Who wrote it?"}]
+    told = fast.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+    assert chat.prompt("Who wrote it?") == told
+    space = " " if style == "mistral" else ""
+    stream = [*told, *tokenizer.encode(f"{space}Ada?"), tokenizer.end_id]
+    stream += chat.observation(tokenizer.encode("Ada did."), ended=True)
+    messages += [{"role": "assistant", "content": "Ada?"}, {"role": "user", "content": "Ada did."}]
+    rendered = fast.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+    assert tokenizer.decode(stream) == tokenizer.decode(rendered)
+    if style != "mistral":  # whose template puts a space before an observation: see Template
+        assert stream == rendered
+    # Where a template trims what is said, the prompt does too.
+    spaced = [{"role": "user", "content": "  Who?\n"}]
+    assert chat.prompt("  Who?\n") == fast.apply_chat_template(spaced, add_generation_prompt=True)["input_ids"]
