@@ -7,12 +7,34 @@ from pathlib import Path
 
 import pytest
 
-from launch import bench, build_index, evaluate, evaluate_retrieval, prepare_data, serve_retrieval, study, train, view
+from launch import (
+    bench,
+    build_index,
+    convert,
+    evaluate,
+    evaluate_retrieval,
+    prepare_data,
+    serve_retrieval,
+    study,
+    train,
+    view,
+)
 from launch.flags import parse, with_main_field
 from tests.conftest import REPOSITORY
 
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs" / "guides").glob("*.md"))]
-PROGRAMS = (bench, build_index, evaluate, evaluate_retrieval, prepare_data, serve_retrieval, study, train, view)
+PROGRAMS = (
+    bench,
+    build_index,
+    convert,
+    evaluate,
+    evaluate_retrieval,
+    prepare_data,
+    serve_retrieval,
+    study,
+    train,
+    view,
+)
 DEFINE = {module.__name__: module.define_flags for module in PROGRAMS}
 
 
