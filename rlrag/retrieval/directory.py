@@ -44,7 +44,7 @@ class Plan:
         if self.kind not in KINDS:
             raise ValueError(f"kind is {self.kind!r}: choose {', '.join(KINDS)}")
         if (self.kind == "bm25") == bool(self.encoder):
-            remedy = "has no encoder" if self.encoder else "needs one: give --encoder=minilm, or a directory"
+            remedy = "has no encoder" if self.encoder else "needs an encoder: give --encoder=minilm, or a directory"
             raise ValueError(f"kind {self.kind} {remedy}")
         if self.k1 < 0 or not 0 <= self.b <= 1:
             raise ValueError(f"BM25 k1 is {self.k1} and b is {self.b}: give k1 >= 0 and 0 <= b <= 1")
