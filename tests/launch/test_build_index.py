@@ -33,7 +33,7 @@ def test_an_index_from_the_command_line(tmp_path):
         (["--corpus=nowhere.jsonl", "--out=x"], 1, "corpus is 'nowhere.jsonl', which is no file"),
         ([f"--corpus={TITLED}"], 2, "--out"),
         ([f"--corpus={TITLED}", "--out=x", "--kind=lsh"], 1, "kind is 'lsh': choose bm25, flat"),
-        ([f"--corpus={TITLED}", "--out=x", "--kind=flat"], 1, "kind flat needs one: give --encoder=minilm"),
+        ([f"--corpus={TITLED}", "--out=x", "--kind=flat"], 1, "kind flat needs an encoder: give --encoder=minilm"),
     ],
 )
 def test_mistakes_are_one_line(tmp_path, arguments, status, message):

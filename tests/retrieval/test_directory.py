@@ -150,7 +150,7 @@ def test_another_plan_or_corpus_does_not_mix(tmp_path, many):
     ("arguments", "message"),
     [
         (("lsh",), "kind is 'lsh': choose bm25, flat"),
-        (("flat",), "kind flat needs one: give --encoder=minilm"),
+        (("flat",), "kind flat needs an encoder: give --encoder=minilm"),
         (("bm25", HASHING), "kind bm25 has no encoder"),
         (("bm25", "", Shape(), -1.0), "BM25 k1 is -1.0"),
     ],
