@@ -18,6 +18,7 @@ class Segments:
     group: jax.Array  # int: number of the question in this batch; -1 = none
     parent: jax.Array  # int: segment whose tokens precede this one's; 0 = none
     version: jax.Array  # int: policy version that sampled it
+    adapters: jax.Array | None  # float [..., S, A]: coefficient of each adapter, all 0 = the base; None: there are none
     rewards: jax.Array  # float [..., S, R]: named rewards, in the recipe's order
     valid: jax.Array  # bool [..., S, R]: whether the reward speaks of this segment
 

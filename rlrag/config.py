@@ -19,7 +19,7 @@ class Model(Architecture):
     MAIN: ClassVar[str] = "path"
 
     # A Hugging Face folder, what launch.convert wrote, or a hub id (owner/name). Its config.json then decides every
-    # field above but dtype, param_dtype, remat, scan_unroll and value_head.
+    # field above but dtype, param_dtype, remat, scan_unroll, value_head, base and adapters.
     path: str = ""
 
 
@@ -148,6 +148,7 @@ class Update(Optimizer):
     max_segments: int = 16  # per row
     epochs: int = 1  # passes over a batch
     minibatches: int = 1  # optimizer steps a pass
+    trains: str = ""  # paths of the parameters that learn, as "embed,layers.query"; empty: all, or the adapters alone
 
 
 @dataclass
@@ -179,6 +180,7 @@ class Loss:
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"  # of the loss and of the reward
     kl_target: float = 0.0  # nats a token that the KL coefficient adapts to; 0: fixed
     kl_horizon: int = 10_000  # episodes over which it adapts
+    reference: Literal["start", "base"] = "start"  # of the KL. start: the stage's first policy; base: adapters off
     entropy: float = 0.0  # coefficient of an entropy bonus
     old_logp: str = "sampler"  # of the ratio. "sampler": as recorded; "recompute": scored again by the learner
     importance: Literal["none", "token", "sequence"] = "none"  # truncated weights from the sampler to old_logp
@@ -290,6 +292,7 @@ CHOICES = {
         "kl_estimator": ("k1", "k2", "k3"),
         "old_logp": ("sampler", "recompute"),
         "importance": ("none", "token", "sequence"),
+        "reference": ("start", "base"),
         "critic": ("", "trunk", "separate"),
     },
     Retriever: {
@@ -315,17 +318,17 @@ def check(experiment: Experiment) -> None:
         experiment.model.check()
     except ValueError as error:
         raise ValueError(f"model.{error}") from None
-    if experiment.model.param_dtype != "float32":
-        raise ValueError(
-            f"model.param_dtype is {experiment.model.param_dtype}: training needs float32 parameters, small steps "
-            "vanish in others; --config.model.dtype=bfloat16 makes activations and decode weights bfloat16"
-        )
     if experiment.main.steps:
         raise ValueError(
             f"main.steps is {experiment.main.steps}: leave it 0, the main stage has --config.steps={experiment.steps}"
         )
     for name, stage in (("warm_up", experiment.warm_up), ("main", experiment.main)):
         check_algorithm(stage, name)
+        if stage.loss.reference == "base" and not experiment.model.adapters.rank:
+            raise ValueError(
+                f"{name}.loss.reference is 'base', the model without its adapters, and it has none: give "
+                "--config.model.adapters.rank=16, or 'start'"
+            )
         if stage.until_metric and not stage.evaluate_every:
             raise ValueError(
                 f"{name}.until_metric is {stage.until_metric!r} but {name}.evaluate_every 0: give a number of steps"

@@ -22,7 +22,7 @@ from rlrag.data.task import Task, open_task, served
 from rlrag.learner import Programs
 from rlrag.mesh import DATA, make_mesh
 from rlrag.model.architecture import Architecture
-from rlrag.model.parameters import abstract, num_parameters
+from rlrag.model.parameters import abstract, num_parameters, shardings
 from rlrag.model.transformer import pack
 from rlrag.objectives.update import TrainState, Update
 from rlrag.packing import empty_batch
@@ -85,20 +85,21 @@ def plan(
     params = {name: abstract(own, mesh) for name, own in programs.architectures.items()}
     states = {name: abstract_state(update, params[name]) for name, update in programs.updates.items()}
     batch = abstract_batch(programs, stage, mesh)
-    gradients = max((size(params[name]) for name in states), default=0)
+    own = {name: update.own(params[name]) for name, update in programs.updates.items()}
+    gradients = max((size(gradients_of(update)) for update in programs.updates.values()), default=0)
     compiled, seconds = compile_all(lowered)
-    own = {name: program.memory_analysis().temp_size_in_bytes for name, program in compiled.items()}
+    needed = {name: program.memory_analysis().temp_size_in_bytes for name, program in compiled.items()}
     batches = size(batch) * len(set(programs.reads.values()))
     # What stands beside each program while it runs.
     beside = {"advance": size(weights) * len(acting), "prepare": batches}
-    temporary = {name: bytes_ + beside.get(name, batches + gradients) for name, bytes_ in own.items()}
+    temporary = {name: bytes_ + beside.get(name, batches + gradients) for name, bytes_ in needed.items()}
     process = PROCESS_BYTES if jax.default_backend() == "cpu" else 0
     return Plan(
         stage=stage.name,
         parameters={name: num_parameters(own) for name, own in programs.architectures.items()},
         parts={
             "weights": sum(map(size, params.values())),
-            "references": sum(size(params[name]) for name in programs.refers),
+            "references": sum(size(own[name]) for name in programs.refers),
             "optimizer": sum(size(state.opt_state) for state in states.values()),
             "cache": size(cache) * len(acting),
             "process": process,
@@ -128,8 +129,13 @@ def placed(tree: Any, where: Any) -> Any:
 
 def abstract_state(update: Update, params: Any) -> TrainState:
     where = update.where()
-    opt_state = placed(jax.eval_shape(update.optimizer.init, params), where.opt_state)
+    opt_state = placed(jax.eval_shape(update.optimizer.init, update.own(params)), where.opt_state)
     return TrainState(params, opt_state, jax.ShapeDtypeStruct((), jnp.int32, sharding=where.step))  # type: ignore[arg-type]
+
+
+def gradients_of(update: Update) -> Any:
+    own = update.own(shardings(update.architecture, update.mesh))
+    return placed(jax.eval_shape(update.gradients), own)
 
 
 def abstract_batch(programs: Programs, stage: Stage, mesh: Mesh) -> Any:
@@ -154,7 +160,8 @@ def lower_advance(experiment, task: Task, a: Architecture, spec: Spec, mesh: Mes
     states = experiment.rollout.max_stop_states
     stops, accepting = np.zeros((states, a.vocab_size), np.int16), np.zeros(states, bool)
     advance = build_advance(spec, a, task.tokenizer.end_id, mesh)
-    return advance.lower(weights, cache, empty_inbox(spec, mesh.shape[DATA]), stops, accepting, jax.random.key(0))
+    inbox = empty_inbox(spec, mesh.shape[DATA], len(a.adapters.listed))
+    return advance.lower(weights, cache, inbox, stops, accepting, jax.random.key(0))
 
 
 def lower_update(programs: Programs, stage: Stage, mesh: Mesh) -> dict[str, Any]:
@@ -162,7 +169,9 @@ def lower_update(programs: Programs, stage: Stage, mesh: Mesh) -> dict[str, Any]
     batch = abstract_batch(programs, stage, mesh)
     batches = dict.fromkeys(programs.reads.values(), batch)
     params = {name: abstract(programs.architectures[name], mesh) for name in programs.updates}
-    references = {name: params[name] if name in programs.refers else None for name in params}
+    references = {
+        name: update.own(params[name]) if name in programs.refers else None for name, update in programs.updates.items()
+    }
     coefficients = {name: np.float32(c.value) for name, c in stage.recipe.coefficients.items()}
     num_micro = dict.fromkeys(batches, np.int32(1))
     lowered = {"prepare": programs.prepare.lower(params, references, batches, num_micro, coefficients)}
@@ -173,10 +182,11 @@ def lower_update(programs: Programs, stage: Stage, mesh: Mesh) -> dict[str, Any]
         counts = placed(prepared.counts[name], replicated)
         sums = placed(update.no_metrics(batch), replicated)
         suffix = "" if len(programs.updates) == 1 else f" {name}"
+        state, gradients = abstract_state(update, params[name]), gradients_of(update)
         lowered[f"accumulate{suffix}"] = update.accumulate.lower(
-            params[name], params[name], sums, batch, counts, coefficients, chosen, np.int32(0)
+            params[name], gradients, sums, batch, counts, coefficients, chosen, np.int32(0), state.step
         )
-        lowered[f"apply{suffix}"] = update.apply.lower(abstract_state(update, params[name]), params[name])
+        lowered[f"apply{suffix}"] = update.apply.lower(state, gradients)
     return lowered
 
 

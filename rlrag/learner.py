@@ -12,10 +12,12 @@ from rlrag.collection import Collected
 from rlrag.console import say
 from rlrag.evaluate import mean_reward
 from rlrag.metrics import Metrics, merge, numbers
+from rlrag.model.adapters import silent
 from rlrag.model.architecture import Architecture
 from rlrag.model.parameters import Transformer, reshaped, shardings
 from rlrag.objectives.losses import MAX_TURNS
-from rlrag.objectives.update import TrainState, Update, build_optimizer, build_prepare, build_schedule
+from rlrag.objectives.optimizer import build_optimizer, build_schedule
+from rlrag.objectives.update import TrainState, Update, build_prepare
 from rlrag.packing import Packed, RowsExhausted, Shape, unpack
 from rlrag.packing import pack as pack_rows
 from rlrag.recipes.recipe import POLICY, Learn, Stage
@@ -36,7 +38,7 @@ class Programs:
     """What one stage compiles: prepare over all its models, accumulate and apply of each that learns."""
 
     def __init__(self, stage: Stage, a: Architecture, mesh: jax.sharding.Mesh, num_kept: int):
-        self.stage, self.num_kept = stage, num_kept
+        self.stage, self.num_kept, self.num_adapters = stage, num_kept, len(a.adapters.listed)
         recipe = stage.recipe
         self.architectures = {name: architecture_of(a, recipe.learn.get(name)) for name in recipe.models}
         self.reads = {name: learn.reads or name for name, learn in recipe.learn.items()}
@@ -53,7 +55,7 @@ class Programs:
         update = self.stage.settings.update
         return Shape(
             update.micro_rows, update.row_tokens, update.max_segments, max_micro, self.num_kept,
-            len(self.stage.recipe.rewards),
+            len(self.stage.recipe.rewards), self.num_adapters,
         )  # fmt: skip
 
 
@@ -74,8 +76,9 @@ class Learner:
         self.programs = programs = Programs(stage, a, mesh, num_kept)
         begun = {name: begin(models, name, own, mesh) for name, own in programs.architectures.items()}
         self.frozen = {name: params for name, params in begun.items() if name not in programs.updates}
-        self.references: dict[str, Transformer | None] = {
-            name: copied(begun[name]) if name in programs.refers else None for name in programs.updates
+        self.references: dict[str, Any] = {
+            name: reference(begun[name], update, stage.recipe.learn[name]) if name in programs.refers else None
+            for name, update in programs.updates.items()
         }
         self.states: dict[str, TrainState] = {
             name: update.initialize(begun[name]) for name, update in programs.updates.items()
@@ -147,7 +150,9 @@ class Learner:
             shape = self.programs.shape(self.max_micro)
             try:
                 return {
-                    model: pack_rows(groups, paid, self._roles_of(model), recipe.rewards, shape)
+                    model: pack_rows(
+                        groups, paid, self._roles_of(model), recipe.rewards, shape, self._adapters_of(model)
+                    )
                     for model in dict.fromkeys(self.programs.reads.values())
                 }
             except RowsExhausted as full:
@@ -159,6 +164,10 @@ class Learner:
 
     def _roles_of(self, model: str) -> dict[str, int]:
         return {name: self.roles[name] for name, role in self.stage.recipe.roles.items() if role.model == model}
+
+    def _adapters_of(self, model: str) -> dict[str, int]:
+        roles, adapters = self.stage.recipe.roles, self.programs.architectures[model].adapters
+        return {name: adapters.number(roles[name].adapter) for name in self._roles_of(model) if roles[name].adapter}
 
     # -- saving -------------------------------------------------------------------------------------------------------
 
@@ -202,7 +211,15 @@ def begin(models: Mapping[str, Transformer], name: str, a: Architecture, mesh: j
     return jax.device_put(reshaped(params, a), shardings(a, mesh))
 
 
-def copied(params: Transformer) -> Transformer:
+def reference(params: Transformer, update: Update, learn: Learn) -> Any:
+    """What stands in the reference in place of the parameters that learn: they themselves as they are now, or, for the
+    base, adapters that add nothing."""
+    if learn.reference == "base" and params.adapters is not None:
+        params = params.replace(adapters=silent(params.adapters))  # type: ignore[attr-defined]
+    return copied(update.own(params))
+
+
+def copied(params: Any) -> Any:
     return jax.tree.map(lambda leaf: leaf.copy(), params)
 
 
@@ -211,8 +228,11 @@ def build_update(stage: Stage, a: Architecture, learn: Learn, mesh: jax.sharding
     o: config.Optimizer = learn.optimizer or update
     steps = stage.steps * update.minibatches * update.epochs
     schedule = build_schedule(o.schedule, o.learning_rate, o.warm_up_steps, steps, o.final_fraction)
-    optimizer = build_optimizer(schedule, b1=o.b1, b2=o.b2, weight_decay=o.weight_decay, clip_norm=o.clip_norm)
-    return Update(a, learn.objective, optimizer, schedule, mesh)
+    optimizer = build_optimizer(
+        schedule, b1=o.b1, b2=o.b2, weight_decay=o.weight_decay, clip_norm=o.clip_norm,
+        master=a.param_dtype != "float32",
+    )  # fmt: skip
+    return Update(a, learn.objective, optimizer, schedule, mesh, learn.trains or update.trains)
 
 
 def minibatches(num_micro: int, count: int, seed: tuple[int, int]) -> list[list[int]]:

@@ -7,6 +7,7 @@ itself, so that the column before a trained token always belongs to its own segm
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -30,6 +31,7 @@ class Shape:
     max_micro: int
     num_kept: int
     num_rewards: int
+    num_adapters: int = 0
 
     def __post_init__(self):
         if self.max_segments < 2:
@@ -49,6 +51,7 @@ class Item:
     group: int
     version: int
     rewards: np.ndarray  # [R], nan = not paid
+    adapter: int | None  # number of the one that speaks; None: the base
     bonus: np.ndarray | None
 
 
@@ -103,6 +106,7 @@ def empty_rows(shape: Shape) -> Batch:
         segments=Segments(
             episode=segments(ints, -1), call=segments(ints), group=segments(ints, -1),
             parent=segments(ints), version=segments(ints),
+            adapters=segments(floats, 0, shape.num_adapters) if shape.num_adapters else None,
             rewards=segments(floats, 0, shape.num_rewards), valid=segments(bool, False, shape.num_rewards),
         ),
     )  # fmt: skip
@@ -191,12 +195,13 @@ def pack(
     roles: Mapping[str, int],
     rewards: Sequence[str],
     shape: Shape,
+    adapters: Mapping[str, int] = MappingProxyType({}),
 ) -> Packed:
     """Lay the trained streams of one model's roles into rows.
 
     paid[g][i] belongs to groups[g].trajectories[i]; roles gives the number of each of this model's roles; rewards the
-    order of named rewards. Raises ValueError for a stream that is longer than a row or begins with a token to learn,
-    RowsExhausted when rows run out.
+    order of named rewards; adapters the number of the adapter of each role that has one. Raises
+    ValueError for a stream that is longer than a row or begins with a token to learn, RowsExhausted when rows run out.
     """
     families, left_out = [], 0
     episode = 0
@@ -207,7 +212,7 @@ def pack(
                 left_out += 1
             else:
                 items += trained(
-                    trajectory.streams, episode, number, trajectory.policy_version, payment, roles, rewards
+                    trajectory.streams, episode, number, trajectory.policy_version, payment, roles, rewards, adapters
                 )
             episode += 1
         families += share(items)
@@ -225,7 +230,7 @@ def pack(
 
 def trained(
     streams: Sequence[Stream], episode: int, group: int, version: int, paid: Paid, roles: Mapping[str, int],
-    rewards: Sequence[str],
+    rewards: Sequence[str], adapters: Mapping[str, int],
 ) -> list[Item]:  # fmt: skip
     """The streams of one trajectory that belong to this model and hold something to learn."""
     items = []
@@ -238,22 +243,24 @@ def trained(
                 )
             amounts = [paid.per_call[name][call] if name in paid.per_call else np.nan for name in rewards]
             bonus = paid.per_token.get(stream.name)
-            items.append(Item(stream, episode, call, group, version, np.array(amounts, np.float32), bonus))
+            paid_here = np.array(amounts, np.float32)
+            items.append(Item(stream, episode, call, group, version, paid_here, adapters.get(stream.role), bonus))
     return items
 
 
 def share(items: Sequence[Item]) -> list[Family]:
-    """Streams of one group by equal leading observations."""
+    """Streams of one group by equal leading observations, which one adapter has read."""
     families: list[Family] = []
-    by_prefix: dict[bytes, Family] = {}
+    by_prefix: dict[tuple[bytes, int | None], Family] = {}
     for item in items:
         prefix = item.stream.spans[0].tokens
         if len(prefix) - 1 < NEGLIGIBLE:
             families.append(Family([item]))
             continue
-        family = by_prefix.get(prefix.tobytes())
+        key = prefix.tobytes(), item.adapter
+        family = by_prefix.get(key)
         if family is None:
-            family = by_prefix[prefix.tobytes()] = Family([], len(prefix) - 1)
+            family = by_prefix[key] = Family([], len(prefix) - 1)
             families.append(family)
         family.items.append(item)
     return families
@@ -290,6 +297,8 @@ def place(family: Family, rows: _Rows, roles: Mapping[str, int], places: list[Pl
 def fill_segment(s: Segments, row: int, segment: int, item: Item, paid: bool) -> None:
     s.group[row, segment] = item.group
     s.version[row, segment] = item.version
+    if s.adapters is not None and item.adapter is not None:
+        s.adapters[row, segment, item.adapter] = 1
     if paid:  # a shared prefix belongs to no single episode
         s.episode[row, segment] = item.episode
         s.call[row, segment] = item.call

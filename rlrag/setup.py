@@ -2,7 +2,7 @@
 model they play with, each built from an experiment and its task."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,15 @@ from rlrag.model.architecture import Architecture
 from rlrag.model.families import CONFIG, read_architecture, read_json
 from rlrag.model.folder import folder_of
 from rlrag.model.hf import load_parameters
-from rlrag.model.parameters import Transformer, abstract, grown, reshaped, shardings
+from rlrag.model.parameters import Transformer, abstract, furnished, grown, plain, reshaped, shardings
 from rlrag.recipes.recipe import WARM_UP, Stage
 from rlrag.retrieval.client import CachedRetriever
 from rlrag.rollout.advance import Spec
 from rlrag.rollout.decoder import Decoder
 from rlrag.rollout.engine import Engine
+
+# What a published model does not say of itself.
+OWN = ("dtype", "param_dtype", "remat", "scan_unroll", "value_head", "base", "adapters")
 
 
 def build_stages(experiment: config.Experiment, task: Task) -> tuple[Stage, ...]:
@@ -68,8 +71,8 @@ def resolved(experiment: config.Experiment, directory: Path) -> config.Experimen
     found = read_architecture(folder)
     if not isinstance(found, Architecture):
         raise ValueError(f"model.path is {own.path!r}, an encoder: a policy is a decoder")
-    kept = {name: getattr(own, name) for name in ("dtype", "param_dtype", "remat", "scan_unroll", "value_head")}
-    return replace(experiment, model=replace(own, **asdict(found) | kept))
+    taken = {field.name: getattr(found, field.name) for field in fields(found) if field.name not in OWN}
+    return replace(experiment, model=replace(own, **taken))
 
 
 def build_architecture(experiment: config.Experiment, task: Task) -> Architecture:
@@ -77,21 +80,36 @@ def build_architecture(experiment: config.Experiment, task: Task) -> Architectur
     model = experiment.model
     own: dict[str, Any] = {field.name: getattr(model, field.name) for field in fields(Architecture)}
     own["vocab_size"] = max(model.vocab_size, task.tokenizer.vocab_size)
-    return Architecture(**own)
+    # Rows that a published model lacks begin as the mean of its own: adapters alone could not tell them apart.
+    missing = own["vocab_size"] - model.vocab_size if model.path else 0
+    own["adapters"] = replace(model.adapters, rows=max(model.adapters.rows, missing))
+    a = Architecture(**own)
+    if a.adapters.rows > a.vocab_size:
+        raise ValueError(f"model.adapters.rows is {a.adapters.rows}, the vocabulary has {a.vocab_size}: give fewer")
+    return a
 
 
 def load_policy(folder: Path, a: Architecture, mesh: jax.sharding.Mesh) -> Transformer:
-    """The parameters of a published model laid over the mesh, with rows for the tokens that `a` has beyond its own."""
-    plain = replace(a, vocab_size=read_json(folder / CONFIG)["vocab_size"], value_head=False)
+    """The parameters of a published model laid over the mesh, with rows for the tokens that `a` has beyond its own;
+    without adapters, its matrices as numbers."""
+    own = replace(plain(a), vocab_size=read_json(folder / CONFIG)["vocab_size"], value_head=False)
     if (folder / PARAMETERS).is_dir():
-        params = restore_parameters(folder, abstract(plain, mesh))
+        params = restore_parameters(folder, abstract(own, mesh))
     else:
-        params = load_parameters(folder, plain, mesh=mesh)
+        params = load_parameters(folder, own, mesh=mesh)
     assert isinstance(params, Transformer)
-    if a.vocab_size > plain.vocab_size:
-        wider = replace(plain, vocab_size=a.vocab_size)
+    if a.vocab_size > own.vocab_size:
+        wider = replace(own, vocab_size=a.vocab_size)
         params = jax.jit(lambda p: grown(p, wider), out_shardings=shardings(wider, mesh))(params)
     return reshaped(params, a)
+
+
+def furnish(params: Transformer, a: Architecture, mesh: jax.sharding.Mesh, key: jax.Array) -> Transformer:
+    """Plain parameters, which are taken over, as the architecture holds them: new adapters, matrices as bytes."""
+    if a == plain(a):
+        return params
+    program = jax.jit(lambda params, key: furnished(params, a, key), out_shardings=shardings(a, mesh), donate_argnums=0)
+    return program(params, key)
 
 
 def build_spec(experiment: config.Experiment, task: Task) -> Spec:

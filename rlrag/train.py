@@ -24,7 +24,7 @@ from rlrag.mesh import make_mesh
 from rlrag.metrics import Writer, num_rows, rewind, round_for_json
 from rlrag.model.architecture import Architecture
 from rlrag.model.folder import KEPT, folder_of, keep_description, locate
-from rlrag.model.parameters import Transformer, initialize, num_parameters, shardings
+from rlrag.model.parameters import Transformer, abstract, initialize, num_parameters, plain, shardings
 from rlrag.model.transformer import DecodeWeights, pack
 from rlrag.recipes.recipe import POLICY, WARM_UP, Stage
 from rlrag.report import describe, draw_curve, versions
@@ -37,6 +37,7 @@ from rlrag.setup import (
     build_engine,
     build_stages,
     check_sizes,
+    furnish,
     load_policy,
     resolved,
 )
@@ -172,19 +173,19 @@ def play_stage(run: Run, number: int, models: Models) -> Models:
 def first_policy(run: Run) -> Transformer:
     """Fresh parameters, those of the model that model.path names, or of the run that `warm_start` names, with the score
     they had."""
-    a, where, path = run.architecture, shardings(run.architecture, run.mesh), run.experiment.model.path
+    a, path, key = run.architecture, run.experiment.model.path, jax.random.fold_in(run.key, 0)
     if path and not run.experiment.warm_start and run.saved is None:
-        return load_policy(locate(path), a, run.mesh)
-    begin = jax.jit(lambda key: initialize(a, key), out_shardings=where)
-    params = begin(jax.random.fold_in(run.key, 0))
+        return furnish(load_policy(locate(path), a, run.mesh), a, run.mesh, key)
     if not run.experiment.warm_start or run.saved is not None:  # what is saved has both
-        return params
+        return jax.jit(lambda key: initialize(a, key), out_shardings=shardings(a, run.mesh))(key)
     run.result["warm_start"] = workdir.finished(run.experiment)["final"]
     checkpoints = Checkpoints(Path(run.experiment.warm_start) / "checkpoints")
     try:
         step = checkpoints.latest()
         assert step is not None
-        return checkpoints.restore_params(step, params)
+        if any(path.startswith("adapters.") for path in checkpoints.shapes(step)):
+            return checkpoints.restore_params(step, abstract(a, run.mesh))
+        return furnish(checkpoints.restore_params(step, abstract(plain(a), run.mesh)), a, run.mesh, key)
     finally:
         checkpoints.close()
 

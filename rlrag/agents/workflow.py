@@ -53,11 +53,12 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class Role:
-    """Which model speaks for a role, and how it samples in each mode."""
+    """Which model speaks for a role, with which of its adapters (empty: none), and how it samples in each mode."""
 
     model: str
     train: Sampling = Sampling()
     evaluate: Sampling = Sampling(temperature=0.0)
+    adapter: str = ""
 
 
 @dataclass(frozen=True, slots=True)

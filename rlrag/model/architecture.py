@@ -1,16 +1,71 @@
 """The shapes of models, as data: families differ here and nowhere else. Imports no JAX."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import ClassVar
 
 DTYPES = ("float32", "bfloat16")
 ACTIVATIONS = ("silu", "gelu_tanh")
 ROPE_SCALINGS = ("", "linear", "llama3")
+TARGETS = ("query", "key", "value", "output", "gate", "up", "down")  # the matrices of a layer
+BASES = ("", "int8")
 COUNTS = (
     "vocab_size", "num_layers", "embed_dim", "num_heads", "num_kv_heads", "head_dim", "mlp_dim", "scan_unroll",
 )  # fmt: skip
 ENCODER_COUNTS = (
     "vocab_size", "num_layers", "embed_dim", "num_heads", "mlp_dim", "max_positions", "num_types", "scan_unroll",
 )  # fmt: skip
+
+
+@dataclass(unsafe_hash=True)
+class Adapters:
+    """Low-rank additions to the matrices of a model whose own parameters then stay as they are (LoRA, Hu et al. 2021,
+    arXiv 2106.09685): x W + alpha / rank * x down up. Several lie on one base, each with a name that a role names."""
+
+    MAIN: ClassVar[str] = "rank"
+
+    rank: int = 0  # 0: none, the model itself learns
+    alpha: float = 16.0  # the addition is multiplied by alpha / rank
+    targets: str = ",".join(TARGETS)  # which matrices of every layer
+    names: str = "policy"  # of the adapters, separated by commas; the first is that of a recipe with one role
+    dropout: float = 0.0  # share of the inputs of an addition that is dropped while learning
+    rows: int = 0  # newest rows of the vocabulary that learn as well; those that a published model lacks always do
+
+    @property
+    def listed(self) -> tuple[str, ...]:
+        """Their names, in order; none without a rank."""
+        return tuple(self.names.split(",")) if self.rank else ()
+
+    @property
+    def chosen(self) -> tuple[str, ...]:
+        return tuple(self.targets.split(",")) if self.rank else ()
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+    def number(self, name: str) -> int:
+        """The place of an adapter. ValueError where there is none of that name."""
+        if name not in self.listed:
+            raise ValueError(
+                f"a role asks for the adapter {name!r}, and there is {self.names if self.rank else 'none'}: give "
+                f"--config.model.adapters.names={name}{'' if self.rank else ' and --config.model.adapters.rank=16'}"
+            )
+        return self.listed.index(name)
+
+    def check(self) -> None:
+        if self.rank < 0 or self.rows < 0:
+            name = "rank" if self.rank < 0 else "rows"
+            raise ValueError(f"adapters.{name} is {getattr(self, name)}: give a positive number, or 0 for none")
+        if not self.alpha > 0:
+            raise ValueError(f"adapters.alpha is {self.alpha}: give a number above 0")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"adapters.dropout is {self.dropout}: give at least 0 and less than 1")
+        for name in self.targets.split(","):
+            if name not in TARGETS:
+                raise ValueError(f"adapters.targets has {name!r}: choose of {','.join(TARGETS)}")
+        names = self.names.split(",")
+        if not all(name.isidentifier() for name in names) or len(set(names)) < len(names):
+            raise ValueError(f"adapters.names is {self.names!r}: give distinct names, as reasoner,verifier")
 
 
 @dataclass(unsafe_hash=True)
@@ -48,6 +103,8 @@ class Architecture:
     param_dtype: str = "float32"
     remat: bool = False  # recompute each layer in the backward pass
     scan_unroll: int = 1  # layers unrolled per scan step in training
+    base: str = ""  # how the matrices of the layers are held, where adapters alone learn; int8: a byte a number
+    adapters: Adapters = field(default_factory=Adapters)
 
     def check(self) -> None:
         """Raise ValueError, naming the value, where the sizes cannot work together."""
@@ -65,6 +122,7 @@ class Architecture:
             raise ValueError(f"head_dim is {self.head_dim}: rotary positions need an even number")
         for name, choices in (
             ("dtype", DTYPES), ("param_dtype", DTYPES), ("activation", ACTIVATIONS), ("rope_scaling", ROPE_SCALINGS),
+            ("base", BASES),
         ):  # fmt: skip
             if getattr(self, name) not in choices:
                 raise ValueError(
@@ -78,6 +136,9 @@ class Architecture:
         for name in ("attention_scale", "local_rope_theta", "window"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}: give a number above 0, or 0 for none")
+        self.adapters.check()
+        if self.base and not self.adapters.rank:
+            raise ValueError(f"base is {self.base!r}, which cannot learn: give --config.model.adapters.rank=16 as well")
         if not self.pattern or set(self.pattern) - {"G", "L"}:
             raise ValueError(f"pattern is {self.pattern!r}: write G (global) and L (local), as LLLLLG")
         if any(self.local) and not self.window:

@@ -85,7 +85,7 @@ def tensors(params: Transformer, kind: str, dtype: str) -> Iterator[tuple[str, n
         if "{}" not in name.template:
             inside = name.template.startswith(family.rooms)
             yield (family.prefix if inside else "") + name.template, value(leaves[place], name.turned)
-    for layer in range(params.layers.query.shape[0]):
+    for layer in range(params.layers.attention_norm.shape[0]):
         for place, name in named.items():
             if "{}" in name.template:
                 yield family.prefix + name.template.format(layer), value(leaves[place][layer], name.turned)

@@ -1,10 +1,12 @@
 """The policy's parameters: a pytree of arrays, each leaf described once.
 
-Initial values, shardings and shapes all derive from `describe`, so a new leaf is one line.
+Initial values, shardings and shapes all derive from `describe`, so a new leaf is one line. What learns of them is said
+by their paths: `learning`.
 """
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import flax.struct
@@ -13,16 +15,20 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from rlrag.mesh import Axes, sharding
-from rlrag.model.architecture import Architecture
+from rlrag.model.adapters import Adaptation, LowRank, enlarged
+from rlrag.model.architecture import TARGETS, Adapters, Architecture
+from rlrag.model.quantized import Matrix, Quantized, quantize
 
 
 class Leaf(NamedTuple):
-    """One parameter: shape, logical axes, and the standard deviation of its normal initial values about `mean`."""
+    """One parameter: shape, logical axes, and the standard deviation of its normal initial values about `mean`. dtype:
+    empty for the architecture's `param_dtype`."""
 
     shape: tuple[int, ...]
     axes: Axes
     stddev: float
     mean: float = 0.0
+    dtype: str = ""
 
 
 @flax.struct.dataclass
@@ -30,20 +36,20 @@ class Layers:
     """All layers, stacked on axis 0 (L). Absent options are None and no leaves."""
 
     attention_norm: jax.Array  # [L, D]
-    query: jax.Array  # [L, D, N*H]
-    key: jax.Array  # [L, D, K*H]
-    value: jax.Array  # [L, D, K*H]
+    query: Matrix  # [L, D, N*H]
+    key: Matrix  # [L, D, K*H]
+    value: Matrix  # [L, D, K*H]
     query_bias: jax.Array | None  # [L, N*H]
     key_bias: jax.Array | None  # [L, K*H]
     value_bias: jax.Array | None  # [L, K*H]
     query_norm: jax.Array | None  # [L, H]
     key_norm: jax.Array | None  # [L, H]
-    output: jax.Array  # [L, N*H, D]
+    output: Matrix  # [L, N*H, D]
     post_attention_norm: jax.Array | None  # [L, D]
     mlp_norm: jax.Array  # [L, D]
-    gate: jax.Array  # [L, D, F]
-    up: jax.Array  # [L, D, F]
-    down: jax.Array  # [L, F, D]
+    gate: Matrix  # [L, D, F]
+    up: Matrix  # [L, D, F]
+    down: Matrix  # [L, F, D]
     post_mlp_norm: jax.Array | None  # [L, D]
 
 
@@ -54,10 +60,16 @@ class Transformer:
     final_norm: jax.Array  # [D]
     head: jax.Array | None  # [V, D]; None: tied to embed
     value_head: jax.Array | None  # [D]
+    adapters: Adaptation | None = None
+
+    @property
+    def table(self) -> jax.Array:  # [V, D]
+        """The embedding as adapters have it."""
+        return enlarged(self.embed, self.adapters and self.adapters.rows)
 
     @property
     def output_head(self) -> jax.Array:  # [V, D]
-        return self.embed if self.head is None else self.head
+        return self.table if self.head is None else enlarged(self.head, self.adapters and self.adapters.head_rows)
 
 
 def describe(architecture: Architecture) -> Transformer:
@@ -91,13 +103,40 @@ def describe(architecture: Architecture) -> Transformer:
         down=leaf((L, F, D), (None, "mlp", "embed"), F**-0.5),
         post_mlp_norm=scale((L, D), a.post_norms),
     )
+    adapters = describe_adapters(a, layers) if a.adapters.rank else None
+    if a.base:
+        bytes_ = {name: as_bytes(getattr(layers, name)) for name in TARGETS}
+        layers = layers.replace(**bytes_)  # type: ignore[attr-defined]
     return Transformer(
         embed=leaf((V, D), ("vocab", "embed"), 0.02),
         layers=layers,
+        adapters=adapters,
         final_norm=scale((D,)),
         head=leaf((V, D), ("vocab", "embed"), D**-0.5, not a.tied),
         value_head=leaf((D,), (None,), 0, a.value_head),
     )
+
+
+def describe_adapters(a: Architecture, layers: Any) -> Adaptation:
+    """Beside the described matrices of the layers: as many inputs and outputs, float32 whatever those are."""
+    A, r, n = len(a.adapters.listed), a.adapters.rank, a.adapters.rows
+
+    def low(matrix: Leaf) -> Any:
+        (L, inputs, outputs), (_, inside, outside) = matrix.shape, matrix.axes
+        # The spread of peft's default (uniform within 1 / sqrt(inputs)), so that its learning rates serve here.
+        down = Leaf((L, inputs, A, r), (None, inside, None, None), (3 * inputs) ** -0.5, dtype="float32")
+        return LowRank(down, Leaf((L, A, r, outputs), (None, None, None, outside), 0.0, dtype="float32"))  # type: ignore[arg-type]
+
+    rows: Any = Leaf((n, a.embed_dim), (None, "embed"), 0.0, dtype="float32") if n else None
+    layers_low = {name: low(getattr(layers, name)) for name in a.adapters.chosen}
+    return Adaptation(layers_low, rows, None if a.tied else rows)
+
+
+def as_bytes(matrix: Leaf) -> Any:
+    """The leaves of a matrix that is held as bytes."""
+    L, _, outputs = matrix.shape
+    scale = Leaf((L, 1, outputs), (None, None, matrix.axes[-1]), 0.0, dtype="float32")
+    return Quantized(matrix._replace(dtype="int8"), scale)  # type: ignore[arg-type]
 
 
 def is_leaf(x: object) -> bool:
@@ -115,16 +154,34 @@ def shardings(architecture: Architecture, mesh: Mesh):
 
 def abstract(architecture: Architecture, mesh: Mesh) -> Any:
     """Shapes, dtypes and shardings of every parameter, without any value."""
-    dtype = jnp.dtype(architecture.param_dtype)
-    return map_leaves(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=sharding(mesh, leaf.axes, leaf.shape)),
-        architecture,
-    )
+
+    def one(leaf: Leaf) -> jax.ShapeDtypeStruct:
+        dtype = jnp.dtype(leaf.dtype or architecture.param_dtype)
+        return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=sharding(mesh, leaf.axes, leaf.shape))
+
+    return map_leaves(one, architecture)
 
 
 def initialize(architecture: Architecture, key: jax.Array) -> Transformer:
     """Fresh parameters in `param_dtype`; the value of a leaf depends on the key and its place in the tree alone."""
-    return drawn(describe(architecture), architecture.param_dtype, key)
+    first = drawn(describe(plain(architecture)), architecture.param_dtype, key)
+    return furnished(first, architecture, jax.random.fold_in(key, 2**31 - 1))
+
+
+def plain(architecture: Architecture) -> Architecture:
+    """The same without adapters, its matrices as numbers: what is published, and what is exported."""
+    return replace(architecture, base="", adapters=Adapters())
+
+
+def furnished(params: Transformer, architecture: Architecture, key: jax.Array) -> Transformer:
+    """Plain parameters as an architecture holds them: matrices as bytes, new adapters that add nothing."""
+    layers, adapters = params.layers, None
+    if architecture.adapters.rank:
+        adapters = drawn(describe(architecture).adapters, "float32", key)
+    if architecture.base:
+        bytes_ = {name: quantize(getattr(layers, name)) for name in TARGETS}
+        layers = layers.replace(**bytes_)  # type: ignore[attr-defined]
+    return params.replace(layers=layers, adapters=adapters)  # type: ignore[attr-defined]
 
 
 # Of any described tree: the decoder's, an encoder's.
@@ -138,9 +195,9 @@ def laid(description: Any, mesh: Mesh) -> Any:
 def drawn(description: Any, param_dtype: str, key: jax.Array) -> Any:
     """Initial values of every leaf of a description."""
     leaves, tree = jax.tree.flatten(description, is_leaf=is_leaf)
-    dtype = jnp.dtype(param_dtype)
 
     def draw(index: int, leaf: Leaf) -> jax.Array:
+        dtype = jnp.dtype(leaf.dtype or param_dtype)
         if leaf.stddev == 0:
             return jnp.full(leaf.shape, leaf.mean, dtype)
         return (leaf.stddev * jax.random.normal(jax.random.fold_in(key, index), leaf.shape)).astype(dtype)
@@ -166,6 +223,46 @@ def grown(params: Transformer, architecture: Architecture) -> Transformer:
         return jnp.concatenate([rows, jnp.repeat(mean, architecture.vocab_size - rows.shape[0], 0)])
 
     return params.replace(embed=more(params.embed), head=more(params.head))  # type: ignore[attr-defined]
+
+
+# What learns of a tree.
+
+
+def learning(architecture: Architecture, trains: str = "") -> Any:
+    """For every parameter whether it learns. trains: paths separated by commas, each with all that lies under it, as
+    "layers.query,embed"; empty: everything, or the adapters (and a value head) where there are any.
+
+    Raises ValueError where a path names nothing, or a matrix that is held as bytes.
+    """
+    wanted = trains.split(",") if trains else ["adapters", "value_head"] if architecture.adapters.rank else [""]
+    found = dict.fromkeys(wanted, False)
+
+    def one(path: Any, leaf: Leaf) -> bool:
+        place = jax.tree_util.keystr(path, simple=True, separator=".")
+        by = [each for each in wanted if not each or place == each or place.startswith(f"{each}.")]
+        found.update(dict.fromkeys(by, True))
+        if by and trains and leaf.dtype == "int8":
+            raise ValueError(f"update.trains is {trains!r}, but {place} is held as bytes (model.base), which stay")
+        return bool(by)
+
+    learns = jax.tree_util.tree_map_with_path(one, describe(architecture), is_leaf=is_leaf)
+    for each in wanted if trains else ():
+        if not found[each]:
+            raise ValueError(
+                f"update.trains names {each!r}, which is no parameter: give paths such as embed, layers, layers.query"
+                + (", adapters" if architecture.adapters.rank else "")
+            )
+    return learns
+
+
+def part(tree: Any, learns: Any) -> Any:
+    """Of a tree the leaves that learn; None elsewhere."""
+    return jax.tree.map(lambda keep, leaf: leaf if keep else None, learns, tree)
+
+
+def joined(own: Any, whole: Any) -> Any:
+    """The whole with its own leaves in place of those that learn."""
+    return jax.tree.map(lambda new, old: old if new is None else new, own, whole, is_leaf=lambda x: x is None)
 
 
 def num_parameters(architecture: Architecture) -> int:

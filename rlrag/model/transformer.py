@@ -4,7 +4,7 @@ Activations are flat, [rows * tokens, D], between attentions: on CPU XLA turns t
 large GEMM and the three-dimensional ones into several small ones (about 2x in the update, docs/LOG.md).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -13,9 +13,11 @@ import jax
 import jax.numpy as jnp
 
 from rlrag.mesh import constrain
+from rlrag.model.adapters import LowRank, Voices, add
 from rlrag.model.architecture import Architecture
 from rlrag.model.attention import attend, rotate, rotations, views, visibility
 from rlrag.model.parameters import Layers, Transformer
+from rlrag.model.quantized import Matrix, Quantized, times
 
 # (layer number, query [B, C, N, H], key [B, C, K, H], value [B, C, K, H]) -> mixed [B, C, N, H]
 Mix = Callable[[int, jax.Array, jax.Array, jax.Array], jax.Array]
@@ -26,16 +28,17 @@ class DecodeLayer:
     """One layer for decoding: products that share an input are one matrix, cut once when weights are packed."""
 
     attention_norm: jax.Array  # [D]
-    qkv: jax.Array  # [D, (N + 2K) * H]
+    qkv: Matrix  # [D, (N + 2K) * H]
     qkv_bias: jax.Array | None  # [(N + 2K) * H]
     query_norm: jax.Array | None  # [H]
     key_norm: jax.Array | None  # [H]
-    output: jax.Array  # [N*H, D]
+    output: Matrix  # [N*H, D]
     post_attention_norm: jax.Array | None  # [D]
     mlp_norm: jax.Array  # [D]
-    gate_up: jax.Array  # [D, 2F]
-    down: jax.Array  # [F, D]
+    gate_up: Matrix  # [D, 2F]
+    down: Matrix  # [F, D]
     post_mlp_norm: jax.Array | None  # [D]
+    low: dict[str, LowRank]  # what adapters add to each matrix, in one layer
 
 
 @flax.struct.dataclass
@@ -105,19 +108,40 @@ def gated_backward(activation, residuals, dy):
 gated.defvjp(gated_forward, gated_backward)
 
 
-def project(x: jax.Array, weights: Layers | DecodeLayer, a: Architecture) -> tuple[jax.Array, jax.Array, jax.Array]:
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def glu(gate: jax.Array, up: jax.Array, activation: str) -> jax.Array:
+    """activation(gate) * up of two products that adapters have added to. [M, F] -> [M, F]."""
+    return ACTIVATIONS[activation][0](gate) * up
+
+
+def glu_backward(activation, residuals, dh):
+    gate, up = residuals
+    active, slope = ACTIVATIONS[activation][1](gate)
+    return jax.lax.optimization_barrier((dh * up * slope, dh * active))  # as in `gated`
+
+
+glu.defvjp(lambda gate, up, activation: (glu(gate, up, activation), (gate, up)), glu_backward)
+
+
+Low = Mapping[str, LowRank]
+
+
+def project(
+    x: jax.Array, weights: Layers | DecodeLayer, a: Architecture, low: Low, voices: Voices | None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """x [M, D] -> query [M, N, H], key and value [M, K, H], before rotation."""
     query_dim, kv_dim = a.num_heads * a.head_dim, a.num_kv_heads * a.head_dim
     if isinstance(weights, DecodeLayer):
-        qkv = x @ weights.qkv
+        qkv = times(x, weights.qkv)
         if weights.qkv_bias is not None:
             qkv = qkv + weights.qkv_bias
         q, k, v = jnp.split(qkv, [query_dim, query_dim + kv_dim], axis=-1)
     else:
-        cast = partial(jnp.asarray, dtype=x.dtype)
-        q, k, v = x @ cast(weights.query), x @ cast(weights.key), x @ cast(weights.value)
+        q, k, v = times(x, weights.query), times(x, weights.key), times(x, weights.value)
         if weights.query_bias is not None:
+            cast = partial(jnp.asarray, dtype=x.dtype)
             q, k, v = q + cast(weights.query_bias), k + cast(weights.key_bias), v + cast(weights.value_bias)
+    q, k, v = (add(y, x, name, low, voices) for name, y in (("query", q), ("key", k), ("value", v)))
     q = q.reshape(-1, a.num_heads, a.head_dim)
     k = k.reshape(-1, a.num_kv_heads, a.head_dim)
     v = v.reshape(-1, a.num_kv_heads, a.head_dim)
@@ -126,38 +150,61 @@ def project(x: jax.Array, weights: Layers | DecodeLayer, a: Architecture) -> tup
     return q, k, v
 
 
-def feed_forward(x: jax.Array, weights: Layers | DecodeLayer, a: Architecture) -> jax.Array:
+def feed_forward(
+    x: jax.Array, weights: Layers | DecodeLayer, a: Architecture, low: Low, voices: Voices | None
+) -> jax.Array:
     if isinstance(weights, DecodeLayer):
-        gate, up = jnp.split(x @ weights.gate_up, 2, axis=-1)
-        return (ACTIVATIONS[a.activation][0](gate) * up) @ weights.down
-    cast = partial(jnp.asarray, dtype=x.dtype)
-    return gated(x, cast(weights.gate), cast(weights.up), cast(weights.down), a.activation)
+        gate, up = jnp.split(times(x, weights.gate_up), 2, axis=-1)
+    elif voices is None and not any(isinstance(each, Quantized) for each in (weights.gate, weights.up, weights.down)):
+        cast = partial(jnp.asarray, dtype=x.dtype)
+        return gated(x, cast(weights.gate), cast(weights.up), cast(weights.down), a.activation)
+    else:
+        gate, up = times(x, weights.gate), times(x, weights.up)
+    hidden: Any = glu(add(gate, x, "gate", low, voices), add(up, x, "up", low, voices), a.activation)
+    return add(times(hidden, weights.down), hidden, "down", low, voices)
 
 
 def layer(
-    x: jax.Array, weights: Layers | DecodeLayer, angles: tuple[jax.Array, jax.Array], a: Architecture, mix: Callable
-) -> jax.Array:
-    """One pre-norm block. x [B*C, D], angles of [B, C]; mix(query, key, value) [B, C, heads, H] -> [B, C, N, H]."""
+    x: jax.Array, weights: Layers | DecodeLayer, angles: tuple[jax.Array, jax.Array], a: Architecture, mix: Callable,
+    low: Low, voices: Voices | None,
+) -> jax.Array:  # fmt: skip
+    """One pre-norm block. x [B*C, D], angles of [B, C]; mix(query, key, value) [B, C, heads, H] -> [B, C, N, H]; low:
+    what adapters add to each matrix of the layer, as loud as voices say."""
     B, C = angles[0].shape[:2]
-    q, k, v = project(rms_norm(x, weights.attention_norm, a), weights, a)
+    q, k, v = project(rms_norm(x, weights.attention_norm, a), weights, a, low, voices)
     q, k, v = (heads.reshape(B, C, -1, a.head_dim) for heads in (q, k, v))
     q, k = rotate(q, *angles), rotate(k, *angles)
-    mixed = mix(q, k, v).reshape(B * C, a.num_heads * a.head_dim) @ weights.output.astype(x.dtype)
+    mixed = mix(q, k, v).reshape(B * C, a.num_heads * a.head_dim)
+    mixed = add(times(mixed, weights.output), mixed, "output", low, voices)
     x = x + (mixed if weights.post_attention_norm is None else rms_norm(mixed, weights.post_attention_norm, a))
-    y = feed_forward(rms_norm(x, weights.mlp_norm, a), weights, a)
+    y = feed_forward(rms_norm(x, weights.mlp_norm, a), weights, a, low, voices)
     return x + (y if weights.post_mlp_norm is None else rms_norm(y, weights.post_mlp_norm, a))
 
 
+def speaking(a: Architecture, coefficients: jax.Array) -> Voices:
+    """Who speaks in tokens with coefficients [..., A]."""
+    return Voices(coefficients.reshape(-1, coefficients.shape[-1]) * a.adapters.scale, a.adapters.dropout)
+
+
 def trunk(
-    params: Transformer, a: Architecture, tokens: jax.Array, positions: jax.Array, segment: jax.Array, parent: jax.Array
-) -> jax.Array:
-    """Hidden states of packed rows. tokens, positions, segment [B, T], parent [B, S] -> [B, T, D], after final norm."""
+    params: Transformer, a: Architecture, tokens: jax.Array, positions: jax.Array, segment: jax.Array,
+    parent: jax.Array, coefficients: jax.Array | None = None, key: jax.Array | None = None,
+) -> jax.Array:  # fmt: skip
+    """Hidden states of packed rows. tokens, positions, segment [B, T], parent [B, S] -> [B, T, D], after final norm.
+
+    coefficients [B, S, A] of each adapter in a segment; None: the base. key: of the adapters' dropout; None: without.
+    """
     B, T = tokens.shape
+    low, voices = {}, None
+    if params.adapters is not None and coefficients is not None:
+        low = params.adapters.layers
+        voices = speaking(a, jnp.take_along_axis(coefficients, segment[..., None], axis=1))
     seen = views(a, visibility(segment, parent), positions, positions)
     angles = rotations(a, positions)
 
-    def step(x: jax.Array, xs: tuple[Layers, jax.Array | None]) -> tuple[jax.Array, None]:
-        weights, local = xs
+    def step(x: jax.Array, xs: tuple[Layers, Low, jax.Array | None, jax.Array | None]) -> tuple[jax.Array, None]:
+        weights, own_low, local, own_key = xs
+        own = None if voices is None else voices._replace(key=own_key)
 
         def mix(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
             q = constrain(q, "rows", None, "heads", None)
@@ -165,12 +212,13 @@ def trunk(
             visible = chosen(seen, local)
             return attend(q, k.transpose(2, 0, 1, 3), v.transpose(2, 0, 1, 3), visible, a.attention_scale or None)
 
-        return constrain(layer(x, weights, chosen(angles, local), a, mix), "rows", None), None
+        return constrain(layer(x, weights, chosen(angles, local), a, mix, own_low, own), "rows", None), None
 
     if a.remat:
         step = jax.checkpoint(step)
-    x = params.embed[tokens.reshape(-1)].astype(a.dtype) * jnp.asarray(a.embed_scale, a.dtype)
-    xs = params.layers, jnp.array(a.local) if len(seen) > 1 else None
+    x = params.table[tokens.reshape(-1)].astype(a.dtype) * jnp.asarray(a.embed_scale, a.dtype)
+    keys = None if key is None else jax.random.split(key, a.num_layers)
+    xs = params.layers, low, jnp.array(a.local) if len(seen) > 1 else None, keys
     x, _ = jax.lax.scan(step, constrain(x, "rows", None), xs, unroll=min(a.scan_unroll, a.num_layers))
     return rms_norm(x, params.final_norm, a).reshape(B, T, a.embed_dim)
 
@@ -188,33 +236,49 @@ def pack(params: Transformer, a: Architecture) -> DecodeWeights:
     FSDP's parameters are gathered once and not in every round."""
     cast = partial(jnp.asarray, dtype=a.dtype)
 
-    def pack_layer(weights: Layers) -> DecodeLayer:
+    def join(*matrices: Matrix) -> Matrix:
+        both = jax.tree.map(lambda *parts: jnp.concatenate(parts, -1), *matrices)
+        return both if isinstance(both, Quantized) else cast(both)  # bytes stay as small as they are
+
+    def pack_layer(weights: Layers, low: Low) -> DecodeLayer:
         biases = [bias for bias in (weights.query_bias, weights.key_bias, weights.value_bias) if bias is not None]
         return DecodeLayer(
             attention_norm=weights.attention_norm,
-            qkv=cast(jnp.concatenate([weights.query, weights.key, weights.value], -1)),
+            qkv=join(weights.query, weights.key, weights.value),
             qkv_bias=cast(jnp.concatenate(biases, -1)) if biases else None,
             query_norm=weights.query_norm,
             key_norm=weights.key_norm,
-            output=cast(weights.output),
+            output=join(weights.output),
             post_attention_norm=weights.post_attention_norm,
             mlp_norm=weights.mlp_norm,
-            gate_up=cast(jnp.concatenate([weights.gate, weights.up], -1)),
-            down=cast(weights.down),
+            gate_up=join(weights.gate, weights.up),
+            down=join(weights.down),
             post_mlp_norm=weights.post_mlp_norm,
+            low=jax.tree.map(cast, low),
         )
 
-    layers = tuple(pack_layer(jax.tree.map(lambda leaf: leaf[i], params.layers)) for i in range(a.num_layers))  # noqa: B023
-    head = None if params.head is None else cast(params.head)
-    packed = DecodeWeights(cast(params.embed), layers, params.final_norm, head)
+    low = {} if params.adapters is None else params.adapters.layers
+    layers = tuple(
+        pack_layer(*jax.tree.map(lambda leaf: leaf[i], (params.layers, low)))  # noqa: B023
+        for i in range(a.num_layers)
+    )
+    head = None if params.head is None else cast(params.output_head)
+    packed = DecodeWeights(cast(params.table), layers, params.final_norm, head)
     return jax.tree.map(lambda leaf: constrain(leaf, *(None,) * leaf.ndim), packed)
 
 
-def extend(weights: DecodeWeights, a: Architecture, tokens: jax.Array, positions: jax.Array, mix: Mix) -> jax.Array:
-    """Hidden states of new tokens given a cache that `mix` reads and writes. tokens, positions [B, C] -> [B, C, D]."""
+def extend(
+    weights: DecodeWeights, a: Architecture, tokens: jax.Array, positions: jax.Array, mix: Mix,
+    coefficients: jax.Array | None = None,
+) -> jax.Array:  # fmt: skip
+    """Hidden states of new tokens given a cache that `mix` reads and writes. tokens, positions [B, C] -> [B, C, D].
+
+    coefficients [B, A] of each adapter in a row; None: the base.
+    """
     B, C = tokens.shape
+    voices = None if coefficients is None else speaking(a, jnp.repeat(coefficients, C, 0))
     x = weights.embed[tokens.reshape(-1)] * jnp.asarray(a.embed_scale, a.dtype)
     angles = rotations(a, positions)
     for number, layer_weights in enumerate(weights.layers):
-        x = layer(x, layer_weights, angles[a.local[number]], a, partial(mix, number))
+        x = layer(x, layer_weights, angles[a.local[number]], a, partial(mix, number), layer_weights.low, voices)
     return rms_norm(x, weights.final_norm, a).reshape(B, C, a.embed_dim)

@@ -1,5 +1,6 @@
 """Scores of a micro-batch under given parameters: one forward pass of the trunk, then token statistics."""
 
+import jax
 import jax.numpy as jnp
 
 from kernels.log_prob.api import token_stats
@@ -11,12 +12,14 @@ from rlrag.model.transformer import trunk
 from rlrag.objectives.losses import Scores
 
 
-def score(params: Transformer, a: Architecture, batch: Batch) -> Scores:
-    """Log-prob, entropy, certainty and value of every token given what precedes it; leaves of batch are [R, ...].
+def score(params: Transformer, a: Architecture, batch: Batch, key: jax.Array | None = None) -> Scores:
+    """Log-prob, entropy, certainty and value of every token given what precedes it; leaves of batch are [R, ...]. key:
+    of the adapters' dropout; None: without.
 
     What an objective does not look at is not computed: the compiler drops it.
     """
-    hidden = trunk(params, a, batch.tokens, batch.positions, batch.segment, batch.segments.parent)
+    table = batch.segments
+    hidden = trunk(params, a, batch.tokens, batch.positions, batch.segment, table.parent, table.adapters, key)
     # The column before predicts; a segment's first token is observed, so no trained token looks across a boundary.
     before = jnp.pad(hidden[:, :-1], ((0, 0), (1, 0), (0, 0)))
     ids = jnp.concatenate([batch.tokens[..., None], batch.kept], -1)

@@ -21,7 +21,7 @@ from rlrag.batch import Batch
 from rlrag.mesh import DATA
 from rlrag.metrics import Metrics, merge, nothing
 from rlrag.model.architecture import Architecture
-from rlrag.model.parameters import Transformer, initialize, shardings
+from rlrag.model.parameters import Transformer, abstract, joined, learning, part, shardings
 from rlrag.objectives.credit import Credit, Scored
 from rlrag.objectives.losses import Objective
 from rlrag.objectives.scoring import no_scores, score
@@ -32,7 +32,7 @@ class TrainState:
     """What one model's optimisation carries from step to step."""
 
     params: Transformer
-    opt_state: Any  # optax's, of build_optimizer
+    opt_state: Any  # optax's, of build_optimizer, over what learns
     step: jax.Array  # optimizer steps taken, skipped ones included
 
 
@@ -48,34 +48,9 @@ class Applied(NamedTuple):
     learning_rate: jax.Array
 
 
-def build_optimizer(schedule: optax.Schedule, *, b1: float, b2: float, weight_decay: float, clip_norm: float):
-    """AdamW behind a global-norm clip; a non-finite gradient changes nothing and is counted."""
-    inner = optax.chain(
-        optax.clip_by_global_norm(clip_norm), optax.adamw(schedule, b1=b1, b2=b2, weight_decay=weight_decay)
-    )
-    return optax.apply_if_finite(inner, max_consecutive_errors=2**31 - 1)
-
-
-def build_schedule(kind: str, peak: float, warm_up_steps: int, steps: int, final_fraction: float) -> optax.Schedule:
-    """Linear warm-up to the peak, then constant, cosine or linear to final_fraction of it at `steps`."""
-    rest = max(steps - warm_up_steps, 1)
-    if kind == "constant":
-        after = optax.constant_schedule(peak)
-    elif kind == "cosine":
-        after = optax.cosine_decay_schedule(peak, rest, final_fraction)
-    elif kind == "linear":
-        after = optax.linear_schedule(peak, peak * final_fraction, rest)
-    else:
-        raise ValueError(f"update.schedule is {kind!r}: choose constant, cosine or linear")
-    if warm_up_steps == 0:
-        return after
-    # The first step is taken at peak / warm_up_steps, not at 0.
-    warm_up = optax.linear_schedule(peak / warm_up_steps, peak, max(warm_up_steps - 1, 1))
-    return optax.join_schedules([warm_up, after], [warm_up_steps])
-
-
 class Update:
-    """The three programs of one model under one objective."""
+    """The three programs of one model under one objective. Gradients, and what the optimizer keeps, are of the
+    parameters that learn alone: of its tree with None in place of the others."""
 
     def __init__(
         self,
@@ -84,24 +59,36 @@ class Update:
         optimizer: optax.GradientTransformation,
         schedule: optax.Schedule,
         mesh: Mesh,
+        trains: str = "",
     ):
+        """trains: paths of the parameters that learn (parameters.learning)."""
         self.architecture, self.objective, self.optimizer, self.mesh = a, objective, optimizer, mesh
-        params, replicated = shardings(a, mesh), NamedSharding(mesh, PartitionSpec())
+        self.learns = learning(a, trains)
+        own, replicated = self.own(shardings(a, mesh)), NamedSharding(mesh, PartitionSpec())
         self._rows = NamedSharding(mesh, PartitionSpec(None, DATA))
         self.accumulate = jax.jit(
-            partial(accumulate, a, objective), donate_argnums=(1, 2), out_shardings=(params, replicated)
+            partial(accumulate, a, objective, self.learns), donate_argnums=(1, 2), out_shardings=(own, replicated)
         )
         self.apply = jax.jit(
-            partial(apply, optimizer, schedule), donate_argnums=0, out_shardings=(self.where(), replicated)
+            partial(apply, optimizer, schedule, self.learns), donate_argnums=0, out_shardings=(self.where(), replicated)
         )
-        self._zeros = jax.jit(lambda params: jax.tree.map(jnp.zeros_like, params), out_shardings=params)
+        self._zeros = jax.jit(lambda: self.gradients(), out_shardings=own)
         self._empty: Metrics | None = None
+
+    def own(self, tree: Any) -> Any:
+        """Of a tree like the parameters what learns."""
+        return part(tree, self.learns)
+
+    def gradients(self) -> Any:
+        """What gradients are added up from: zeros, float32 whatever the parameters are."""
+        own = self.own(abstract(self.architecture, self.mesh))
+        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), own)
 
     def initialize(self, params: Any) -> TrainState:
         """A fresh state around params (which it takes over), laid out over the mesh."""
         where = self.where()
         params = jax.device_put(params, where.params)
-        opt_state = jax.jit(self.optimizer.init, out_shardings=where.opt_state)(params)
+        opt_state = jax.jit(self.optimizer.init, out_shardings=where.opt_state)(self.own(params))
         return TrainState(params, opt_state, jax.device_put(np.int32(0), where.step))
 
     def where(self) -> TrainState:
@@ -110,9 +97,9 @@ class Update:
         a, replicated = self.architecture, NamedSharding(self.mesh, PartitionSpec())
         params = shardings(a, self.mesh)
         # optax keeps moments in trees of the parameters' shape: map those like the parameters, the rest replicated.
-        abstract = jax.eval_shape(lambda: self.optimizer.init(initialize(a, jax.random.key(0))))  # type: ignore[arg-type]
+        shapes = jax.eval_shape(self.optimizer.init, self.own(abstract(a, self.mesh)))
         opt_state = optax.tree_utils.tree_map_params(
-            self.optimizer, lambda _, spec: spec, abstract, params, transform_non_params=lambda _: replicated
+            self.optimizer, lambda _, spec: spec, shapes, self.own(params), transform_non_params=lambda _: replicated
         )
         return TrainState(params, opt_state, replicated)  # type: ignore[arg-type]  # shardings in the state's tree
 
@@ -135,10 +122,10 @@ class Update:
         absent; other names are ignored."""
         chosen = np.zeros(batch.tokens.shape[0], np.float32)
         chosen[list(micros)] = 1
-        grads, sums = self._zeros(state.params), self.no_metrics(batch)
+        grads, sums = self._zeros(), self.no_metrics(batch)
         for index in micros:
             grads, sums = self.accumulate(
-                state.params, grads, sums, batch, counts, dict(coefficients), chosen, np.int32(index)
+                state.params, grads, sums, batch, counts, dict(coefficients), chosen, np.int32(index), state.step
             )
         state, applied = self.apply(state, grads)
         return state, sums, applied
@@ -162,32 +149,36 @@ def reported(objective: Objective, scores, micro: Batch) -> tuple[dict, Metrics]
     return terms.losses, {**terms.metrics, **{f"loss/{name}": value for name, value in terms.losses.items()}}
 
 
-def accumulate(a, objective, params, grads, sums, batch, counts, coefficients, chosen, index):
+def accumulate(a, objective, learns, params, grads, sums, batch, counts, coefficients, chosen, index, step):
     """grads + gradient of micro-batch `index`; sums + its metrics. Each loss term is divided by its count over the
     chosen micro-batches, so the split into micro-batches changes nothing, and multiplied by its coefficient."""
     micro = select(batch, index)
+    # Every micro-batch of every step drops other inputs of the adapters.
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(0), step), index) if a.adapters.dropout else None
 
-    def loss(params):
-        losses, metrics = reported(objective, score(params, a, micro), micro)
+    def loss(own):
+        losses, metrics = reported(objective, score(joined(own, params), a, micro, key), micro)
         total = sum(
             coefficients.get(name, 1.0) * term.total / jnp.maximum(jnp.sum(counts[name] * chosen), 1.0)
             for name, term in losses.items()
         )
         return total, metrics
 
-    new, metrics = jax.grad(loss, has_aux=True)(params)
+    new, metrics = jax.grad(loss, has_aux=True)(part(params, learns))
     return jax.tree.map(jnp.add, grads, new), merge(sums, jax.lax.stop_gradient(metrics))
 
 
-def apply(optimizer, schedule, state: TrainState, grads) -> tuple[TrainState, Applied]:
+def apply(optimizer, schedule, learns, state: TrainState, grads) -> tuple[TrainState, Applied]:
     """One optimizer step."""
     norm = jnp.sqrt(sum(jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in jax.tree.leaves(grads)))
     # Numbers that are finite but too large to square leave no direction to step in either.
     grads = jax.tree.map(lambda leaf: jnp.where(jnp.isfinite(norm), leaf, jnp.nan), grads)
     # The optimizer's own count stands still in a skipped step, and so does its schedule.
     learning_rate = jnp.asarray(schedule(state.step - state.opt_state.total_notfinite))
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params = jax.tree.map(lambda leaf, update: (leaf + update).astype(leaf.dtype), state.params, updates)
+    own = part(state.params, learns)
+    updates, opt_state = optimizer.update(grads, state.opt_state, own)
+    own = jax.tree.map(lambda leaf, update: (leaf + update).astype(leaf.dtype), own, updates)
+    params = joined(own, state.params)
     skipped = 1.0 - opt_state.last_finite.astype(jnp.float32)
     return TrainState(params, opt_state, state.step + 1), Applied(norm, skipped, learning_rate)
 
@@ -202,8 +193,9 @@ def build_prepare(
 ) -> Callable:
     """The jitted prepare(params, references, batches, num_micro, coefficients) -> Prepared over all models of a recipe.
 
-    params and references: by model, None where neither is needed; batches: by model that acts; reads: learning model ->
-    whose batch; num_micro: [] int by batch, micro-batches in use; coefficients: the recipe's.
+    params: by model; references: by model, in place of what learns of it, None where there is no need; batches: by
+    model that acts; reads: learning model -> whose batch; num_micro: [] int by batch, micro-batches in use;
+    coefficients: the recipe's.
     """
 
     def write(batch: Batch, fields: Mapping[str, str], name: str, params, num_micro: jax.Array) -> Batch:
@@ -231,7 +223,7 @@ def build_prepare(
             learner = write(batch, {"old_logp": "logp"}, name, params[name], micros).old_logp
             batch = replace(batch, old_logp=jnp.where(forced, learner, batch.logp))
         if "ref_logp" in objective.needs:
-            batch = write(batch, {"ref_logp": "logp"}, name, references[name], num_micro)
+            batch = write(batch, {"ref_logp": "logp"}, name, joined(references[name], params[name]), num_micro)
         return batch
 
     def prepare(params, references, batches: dict[str, Batch], num_micro, coefficients) -> Prepared:

@@ -20,10 +20,10 @@ CRITIC = "critic"
 def with_algorithm(recipe: Recipe, stage: config.Stage, max_tokens: int) -> Recipe:
     """The recipe learning by the stage's algorithm. max_tokens: the longest an episode can be."""
     policy = build_objective(stage, max_tokens, len(recipe.roles))
-    learn = {POLICY: Learn(policy)}
+    learn = {POLICY: Learn(policy, reference=stage.loss.reference)}
     critic = losses.value(stage.loss.value_clip)
     if stage.loss.critic == "trunk":
-        learn = {POLICY: Learn(losses.joined(policy, critic))}
+        learn = {POLICY: Learn(losses.joined(policy, critic), reference=stage.loss.reference)}
     elif stage.loss.critic == "separate":
         learn[CRITIC] = Learn(critic, reads=POLICY, optimizer=stage.critic)
     return recipe._replace(credit=build_credit(stage), learn=learn, coefficients=build_coefficients(stage))

@@ -28,11 +28,14 @@ WARM_UP = "warm_up"  # the stage that a `warm_start` takes the place of
 
 class Learn(NamedTuple):
     """How one model learns. reads: the model on whose batch it does, a critic on the policy's (empty: its own).
-    optimizer: None for the stage's."""
+    optimizer: None for the stage's. trains: paths of the parameters that learn (empty: the stage's `update.trains`).
+    reference: "start", the model as the stage begins, or "base", the same without its adapters."""
 
     objective: Objective
     reads: str = ""
     optimizer: config.Optimizer | None = None
+    trains: str = ""
+    reference: str = "start"
 
 
 class Recipe(NamedTuple):

@@ -46,6 +46,7 @@ def recipe(experiment: Experiment, task: Task) -> Recipe:
         POLICY,
         Sampling(train.temperature, train.top_k, train.top_p),
         Sampling(evaluate.temperature, evaluate.top_k, evaluate.top_p),
+        *experiment.model.adapters.listed[:1],
     )
     reward, names = outcome_reward(experiment.reward, task.workflow.max_tokens)
     return Recipe(

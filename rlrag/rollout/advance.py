@@ -59,6 +59,7 @@ class Prefill(NamedTuple):
     start: Array  # int [J, R] position of the first
     count: Array  # int [J, R] 0: empty row
     table: Array  # int [J, R, n]
+    adapters: Array | None  # float [J, R, A] coefficients; None: the model has none
     num_chunks: Array  # int [shards] how many of J are in use
 
 
@@ -72,6 +73,7 @@ class Decode(NamedTuple):
     stop_state: Array  # int [B]
     stream: Array  # uint32 [B] names the stream: part of the sampling key
     once: Array  # bool [B] emitted ids are struck from `allowed`
+    adapters: Array | None  # float [B, A]
     controls: Controls
 
 
@@ -131,7 +133,7 @@ def prefill(weights: DecodeWeights, cache: Cache, inbox: Prefill, spec: Spec, a:
             value_view = kv.gather(values[number], table, spec.page_size)
             return attend(q, key_view, value_view, seen[a.local[number]], a.attention_scale or None)
 
-        extend(weights, a, tokens, positions, mix)
+        extend(weights, a, tokens, positions, mix, None if inbox.adapters is None else inbox.adapters[j])
         return Cache(tuple(keys), tuple(values))
 
     return jax.lax.fori_loop(0, inbox.num_chunks[0], chunk, cache)
@@ -162,7 +164,7 @@ def burst(
             value_view[number] = kv.write(value_view[number], target, v)
             return attend(q, key_view[number], value_view[number], seen[a.local[number]], a.attention_scale or None)
 
-        hidden = extend(weights, a, s.token[:, None], position[:, None], mix)[:, 0]
+        hidden = extend(weights, a, s.token[:, None], position[:, None], mix, inbox.adapters)[:, 0]
         logits = jnp.einsum("bd,vd->bv", hidden, weights.output_head, preferred_element_type=jnp.float32)
         controls = inbox.controls._replace(allowed=s.allowed)
         uniform = jax.vmap(lambda key, at: jax.random.uniform(jax.random.fold_in(key, at)))(keys, position + 1)
@@ -225,8 +227,8 @@ def build_advance(spec: Spec, a: Architecture, end_id: int, mesh: Mesh):
 
     shard, whole, second = PartitionSpec(DATA), PartitionSpec(), PartitionSpec(None, DATA)
     inbox_specs = Inbox(
-        prefill=Prefill(second, second, second, second, num_chunks=shard),
-        decode=Decode(*[shard] * 7, controls=Controls(*[shard] * 4)),
+        prefill=Prefill(*[second] * 5, num_chunks=shard),
+        decode=Decode(*[shard] * 8, controls=Controls(*[shard] * 4)),
     )
     mapped = jax.shard_map(
         advance,

@@ -65,8 +65,11 @@ class Decoder:
         """End a rollout: its weights may go while the learner works."""
         self._weights = None
 
-    def open(self, uid: int, shard: int) -> CachedStream:
-        stream = CachedStream(uid, shard, self.spec.max_tokens, np.zeros(self.spec.max_tokens, np.int32))
+    def open(self, uid: int, shard: int, adapter: str = "") -> CachedStream:
+        """A new stream. adapter: the name of the one that reads and writes it; empty: the base."""
+        tokens = np.zeros(self.spec.max_tokens, np.int32)
+        number = self.architecture.adapters.number(adapter) if adapter else None
+        stream = CachedStream(uid, shard, self.spec.max_tokens, tokens, number)
         self._streams[shard][stream] = None
         return stream
 
@@ -189,7 +192,7 @@ class Decoder:
 
     def _schedule(self) -> Inbox:
         spec, shards = self.spec, self.shards
-        inbox = empty_inbox(spec, shards)
+        inbox = empty_inbox(spec, shards, len(self.architecture.adapters.listed))
         for shard in range(shards):
             self._schedule_shard(shard, inbox.prefill, spec.prefill_rows // shards)
             for lane, stream in enumerate(self._slots[shard]):
@@ -246,6 +249,8 @@ class Decoder:
             prefill.tokens[j, row, :count] = stream.tokens[stream.cached : stream.cached + count]
             prefill.start[j, row], prefill.count[j, row] = stream.cached, count
             prefill.table[j, row, : len(stream.pages)] = stream.pages
+            if prefill.adapters is not None and stream.adapter is not None:
+                prefill.adapters[j, row, stream.adapter] = 1
             used[j] += 1
             stream.cached += count
             self.usage.prefill_tokens += count
@@ -260,7 +265,7 @@ class Decoder:
         size, pages, chunk = self.spec.page_size, self.pages[stream.shard], 0
         while stream.cached == len(stream.names) * size and stream.cached + size <= stream.length - 1:
             number = len(stream.names)
-            name = chain(stream.names[-1] if stream.names else ROOT, stream.tokens[number * size : (number + 1) * size])
+            name = self._name(stream)
             page = pages.share(name)
             if page is None:
                 break
@@ -279,12 +284,17 @@ class Decoder:
         """Name the pages that have become full; returns them."""
         size, pages, named = self.spec.page_size, self.pages[stream.shard], []
         while (len(stream.names) + 1) * size <= stream.cached:
-            number = len(stream.names)
-            name = chain(stream.names[-1] if stream.names else ROOT, stream.tokens[number * size : (number + 1) * size])
+            number, name = len(stream.names), self._name(stream)
             stream.names.append(name)
             pages.name(stream.pages[number], name)
             named.append(stream.pages[number])
         return named
+
+    def _name(self, stream: CachedStream) -> bytes:
+        """Of a stream's next full page: what its adapter, and the tokens up to its end, make of it."""
+        size, number = self.spec.page_size, len(stream.names)
+        root = ROOT if stream.adapter is None else ROOT + stream.adapter.to_bytes(2, "big")
+        return chain(stream.names[-1] if number else root, stream.tokens[number * size : (number + 1) * size])
 
     def _reserve(self, stream: CachedStream, num_tokens: int) -> bool:
         """Pages for `num_tokens` tokens, taken from waiting streams if need be."""
@@ -318,13 +328,17 @@ class Decoder:
         return self._stops_on_device[1]
 
 
-def empty_inbox(spec: Spec, shards: int) -> Inbox:
+def empty_inbox(spec: Spec, shards: int, num_adapters: int = 0) -> Inbox:
     """A round in which nothing is done, as numpy arrays to be filled."""
     J, R, C = spec.prefill_chunks, spec.prefill_rows, spec.prefill_chunk
+
+    def adapters(*shape: int) -> np.ndarray | None:
+        return np.zeros((*shape, num_adapters), np.float32) if num_adapters else None
+
     B, n, K = spec.num_slots, spec.pages_per_stream, spec.kept_width
     prefill = Prefill(
         tokens=np.zeros((J, R, C), np.int32), start=np.zeros((J, R), np.int32), count=np.zeros((J, R), np.int32),
-        table=np.zeros((J, R, n), np.int32), num_chunks=np.zeros(shards, np.int32),
+        table=np.zeros((J, R, n), np.int32), adapters=adapters(J, R), num_chunks=np.zeros(shards, np.int32),
     )  # fmt: skip
     controls = Controls(
         np.ones(B, np.float32), np.zeros(B, np.int32), np.ones(B, np.float32), np.full((B, K), -1, np.int32)
@@ -332,7 +346,7 @@ def empty_inbox(spec: Spec, shards: int) -> Inbox:
     decode = Decode(
         token=np.zeros(B, np.int32), position=np.zeros(B, np.int32), limit=np.zeros(B, np.int32),
         table=np.zeros((B, n), np.int32), stop_state=np.zeros(B, np.int32), stream=np.zeros(B, np.uint32),
-        once=np.zeros(B, bool), controls=controls,
+        once=np.zeros(B, bool), adapters=adapters(B), controls=controls,
     )  # fmt: skip
     return Inbox(prefill, decode)
 
@@ -349,6 +363,8 @@ def fill(decode: Decode, row: int, stream: CachedStream) -> None:
     decode.stop_state[row] = call.stop_state
     decode.stream[row] = stream.uid
     decode.once[row] = call.once
+    if decode.adapters is not None and stream.adapter is not None:
+        decode.adapters[row, stream.adapter] = 1
     controls = decode.controls
     controls.temperature[row] = call.sampling.temperature
     controls.top_k[row] = call.sampling.top_k

@@ -93,7 +93,7 @@ class _Running:
     index: int  # of its group
     episode: Episode
     shard: int
-    streams: dict[str, tuple[str, CachedStream]] = field(default_factory=dict)  # name -> (model, cache)
+    streams: dict[str, tuple[Role, CachedStream]] = field(default_factory=dict)  # name -> (who began it, cache)
 
 
 @dataclass(frozen=True)
@@ -240,12 +240,16 @@ class Engine:
         if request.role not in play.roles:
             raise ValueError(f"the workflow speaks for role {request.role!r}; the recipe has: {', '.join(play.roles)}")
         record = item.episode.observe(request)
-        model = play.roles[request.role].model
+        role = play.roles[request.role]
         if request.stream not in item.streams:
             uid = stream_uid(item.episode.trajectory.example.id, item.episode.trajectory.sample, request.stream)
-            item.streams[request.stream] = (model, self.decoders[model].open(uid, item.shard))
+            item.streams[request.stream] = (role, self.decoders[role.model].open(uid, item.shard, role.adapter))
         owner, stream = item.streams[request.stream]
-        assert owner == model, f"stream {request.stream!r} belongs to {owner!r}, role {request.role!r} to {model!r}"
+        if (owner.model, owner.adapter) != (role.model, role.adapter):
+            raise ValueError(
+                f"stream {request.stream!r} is of {owner.model}/{owner.adapter or 'base'}, role {request.role!r} "
+                f"speaks with {role.model}/{role.adapter or 'base'}: give it a stream of its own"
+            )
         stream.append(request.append)
         if isinstance(request, Force):
             stream.append(request.forced)
@@ -330,8 +334,8 @@ class Engine:
     # -- endings ------------------------------------------------------------------------------------------------
 
     def _close(self, item: _Running) -> None:
-        for model, stream in item.streams.values():
-            self.decoders[model].close(stream)
+        for role, stream in item.streams.values():
+            self.decoders[role.model].close(stream)
         item.streams = {}
 
     def _abandon(self, running: Mapping[_Running, None]) -> None:

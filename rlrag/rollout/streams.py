@@ -20,6 +20,7 @@ class CachedStream:
     shard: int
     capacity: int
     tokens: np.ndarray  # int32 [capacity]
+    adapter: int | None = None  # number of the one that reads and writes it; None: the base
     length: int = 0
     cached: int = 0
     pages: list[int] = field(default_factory=list)

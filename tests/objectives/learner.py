@@ -12,7 +12,8 @@ from rlrag.model.architecture import Architecture
 from rlrag.model.parameters import Transformer, initialize
 from rlrag.objectives.credit import Credit, group_relative
 from rlrag.objectives.losses import MAX_TURNS, Objective
-from rlrag.objectives.update import Prepared, Update, build_optimizer, build_prepare, build_schedule
+from rlrag.objectives.optimizer import build_optimizer, build_schedule
+from rlrag.objectives.update import Prepared, Update, build_prepare
 from rlrag.packing import Packed
 from tests.episodes import VOCAB_SIZE
 
@@ -69,10 +70,10 @@ def differentiate(
     batch, counts = prepared.batches["m"], prepared.counts["m"]
     chosen = np.zeros(batch.tokens.shape[0], np.float32)
     chosen[: packed.num_micro] = 1
-    gradient, sums = update._zeros(state.params), update.no_metrics(batch)
+    gradient, sums = update._zeros(), update.no_metrics(batch)
     for index in range(packed.num_micro):
         gradient, sums = update.accumulate(
-            state.params, gradient, sums, batch, counts, COEFFICIENTS, chosen, np.int32(index)
+            state.params, gradient, sums, batch, counts, COEFFICIENTS, chosen, np.int32(index), state.step
         )
     metrics = numbers(jax.device_get(sums), {"role": ["agent"], "turn": list(map(str, range(MAX_TURNS)))})
     loss = sum(metrics[f"loss/{name}"] * COEFFICIENTS.get(name, 1.0) for name in counts)

@@ -10,7 +10,8 @@ from rlrag.model.transformer import trunk
 from rlrag.objectives import scoring
 from rlrag.objectives.credit import group_relative, ones
 from rlrag.objectives.losses import nll, surrogate
-from rlrag.objectives.update import Update, build_optimizer, build_schedule
+from rlrag.objectives.optimizer import build_optimizer, build_schedule
+from rlrag.objectives.update import Update
 from rlrag.rewards.paid import Paid
 from rlrag.trajectory import Group
 from tests.episodes import make_groups, pack_groups, pay

@@ -45,7 +45,7 @@ def write_inbox(limits=(5, 3, 0), temperature=0.0, allowed=(), once=False) -> In
     J, R, C, n = SPEC.prefill_chunks, SPEC.prefill_rows, SPEC.prefill_chunk, SPEC.pages_per_stream
     prefill = Prefill(
         np.zeros((J, R, C), np.int32), np.zeros((J, R), np.int32), np.zeros((J, R), np.int32),
-        np.zeros((J, R, n), np.int32), np.array([2], np.int32),
+        np.zeros((J, R, n), np.int32), None, np.array([2], np.int32),
     )  # fmt: skip
     controls = Controls(
         np.full(4, temperature, np.float32),
@@ -55,7 +55,9 @@ def write_inbox(limits=(5, 3, 0), temperature=0.0, allowed=(), once=False) -> In
     )
     token, position, limit, stop_state = (np.zeros(4, np.int32) for _ in range(4))
     streams = np.arange(4, dtype=np.uint32)
-    decode = Decode(token, position, limit, np.zeros((4, n), np.int32), stop_state, streams, np.full(4, once), controls)
+    decode = Decode(
+        token, position, limit, np.zeros((4, n), np.int32), stop_state, streams, np.full(4, once), None, controls
+    )
     for row, (prompt, pages) in enumerate(zip(PROMPTS, PAGES)):
         for j, start in enumerate(range(0, len(prompt) - 1, C)):
             piece = prompt[start : min(start + C, len(prompt) - 1)]
@@ -143,7 +145,7 @@ def test_samples_depend_on_stream_and_position_alone(program):
     inbox = write_inbox(limits=(5, 5, 5), temperature=1.5)
     _, out = program(inbox)
     moved = jax.tree.map(np.copy, inbox)
-    for field in (*moved.decode[:-1], *moved.decode.controls):
+    for field in jax.tree.leaves(moved.decode):
         field[[0, 1]] = field[[1, 0]]
     moved.decode.limit[3] = 0
     _, other = program(moved)
