@@ -8,7 +8,8 @@ from rlrag.collection import Collected
 from rlrag.data.task import open_task
 from rlrag.learner import Learner, describe, minibatches, with_spread
 from rlrag.mesh import make_mesh
-from rlrag.model.parameters import initialize
+from rlrag.model.architecture import Adapters
+from rlrag.model.parameters import initialize, joined
 from rlrag.objectives.scoring import score
 from rlrag.packing import Shape, pack
 from rlrag.rewards.paid import Paid
@@ -75,10 +76,8 @@ def learners():
         change(experiment.main, experiment)
         main = build_stages(experiment, task)[1]
         if roles:
-            learn = dict.fromkeys(roles.values(), main.recipe.learn["policy"])
-            main = main._replace(
-                recipe=main.recipe._replace(roles={name: Role(model) for name, model in roles.items()}, learn=learn)
-            )
+            learn = dict.fromkeys((role.model for role in roles.values()), main.recipe.learn["policy"])
+            main = main._replace(recipe=main.recipe._replace(roles=roles, learn=learn))
         a = build_architecture(experiment, task)
         return Learner(main, a, make_mesh(devices=jax.devices()[:1]), 0, {"policy": initialize(a, jax.random.key(0))})
 
@@ -130,7 +129,7 @@ def test_a_value_head_on_the_trunk_learns_with_the_policy(learners):
 
 
 def test_two_policies_learn_from_their_own_streams(learners):
-    learner = learners(algorithms.grpo, {"talker": "first", "chooser": "second"})
+    learner = learners(algorithms.grpo, {"talker": Role("first"), "chooser": Role("second")})
     before = jax.device_get(learner.models)
     assert set(before) == {"first", "second"}
     values = learner.learn(collected(("talker", "chooser")), 0).values
@@ -140,6 +139,36 @@ def test_two_policies_learn_from_their_own_streams(learners):
     assert {"first/zero_variance_groups", "second/zero_variance_groups"} <= set(values)
     assert values["first/entropy/talker"] > 0
     assert "first/entropy/chooser" not in values
+
+
+def test_two_adapters_learn_from_their_own_streams_and_the_base_stays(learners):
+    """The reference is the base: what the model says without its adapters, bit by bit."""
+
+    def adapted(main, experiment):
+        algorithms.grpo(main, experiment)
+        main.loss.kl, main.loss.reference = 0.1, "base"
+        experiment.model.adapters = Adapters(rank=2, names="first,second")
+
+    roles = {"talker": Role("policy", adapter="first"), "chooser": Role("policy", adapter="second")}
+    learner = learners(adapted, roles)
+    before = jax.device_get(learner.models["policy"])
+    learner.learn(collected(("talker", "chooser")), 0)
+    values = learner.learn(collected(("talker", "chooser")), 1).values
+    after = jax.device_get(learner.models["policy"])
+    jax.tree.map(np.testing.assert_array_equal, after.replace(adapters=None), before.replace(adapters=None))
+    for name, low in after.adapters.layers.items():
+        moved = np.abs(low.up - before.adapters.layers[name].up).max(axis=(0, 2, 3))
+        assert (moved > 0).all(), f"both adapters have learned: {name}"
+    assert values["kl"] != 0
+    a = learner.programs.architectures["policy"]
+    packed = learner.pack(collected(("talker", "chooser")).groups, collected().paid)["policy"]
+    micro = jax.tree.map(lambda leaf: leaf[0], packed.batch)
+    silenced = joined(learner.references["policy"], learner.models["policy"])
+    off = micro.replace(segments=micro.segments.replace(adapters=None))
+    referred, base = (jax.jit(lambda p, b: score(p, a, b).logp)(*each) for each in (
+        (silenced, micro), (after.replace(adapters=None), off)
+    ))  # fmt: skip
+    np.testing.assert_array_equal(referred, base)
 
 
 def test_the_gap_is_that_of_the_policy_that_played(learners):

@@ -1,9 +1,13 @@
 """Sampler and learner say the same of every sampled token: the gap that exact ratios rest on."""
 
+from dataclasses import replace
+
 import jax
 import numpy as np
 import pytest
 
+from rlrag.agents.workflow import Role
+from rlrag.model.architecture import Adapters
 from rlrag.model.parameters import initialize
 from rlrag.objectives.scoring import score
 from rlrag.packing import Shape, pack
@@ -66,3 +70,25 @@ def test_sampler_and_learner_agree_on_ten_thousand_tokens(packed, params):
     assert (batch.logp[sampled] < -1e-3).mean() > 0.5, "log-probs that are all 0 would agree as well"
     observed_between = (batch.act == 0) & (batch.turn > 0) & (batch.segment > 0)
     assert observed_between.sum() > 1000, "documents"
+
+
+def test_they_agree_where_roles_speak_with_adapters_of_their_own():
+    """Both roles begin with the same tokens, whose pages one adapter must not read of the other's."""
+    a = replace(ARCHITECTURE, base="int8", adapters=Adapters(rank=2, alpha=4.0, names="one,two"))
+    fresh = initialize(a, jax.random.key(0))
+    loud = jax.tree.map(lambda leaf: leaf + 0.3 * jax.random.normal(jax.random.key(1), leaf.shape), fresh.adapters)
+    params = fresh.replace(head=fresh.head * 2, adapters=loud)
+    roles = {"talker": Role("m", adapter="one"), "chooser": Role("m", adapter="two")}
+    groups = roll_out(8, 4, params=params, a=a, roles=roles)
+    paid = [[Paid({}) for _ in group.trajectories] for group in groups]
+    shape = Shape(rows=64, tokens=192, max_segments=16, max_micro=1, num_kept=8, num_rewards=0, num_adapters=2)
+    batch = jax.tree.map(lambda leaf: leaf[0], pack(groups, paid, ROLES, (), shape, {"talker": 0, "chooser": 1}).batch)
+    sampled = batch.act == 1
+    assert ((batch.role == 1) & sampled).sum() > 50
+
+    def gap(given):
+        return np.abs(jax.jit(lambda b: score(params, a, b))(given).logp - batch.logp)[sampled].max()
+
+    assert gap(batch) <= 1e-5
+    turned = batch.segments.replace(adapters=batch.segments.adapters[..., ::-1])
+    assert gap(batch.replace(segments=turned)) > 0.1, "it matters which of them speaks"

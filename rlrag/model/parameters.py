@@ -15,9 +15,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from rlrag.mesh import Axes, sharding
-from rlrag.model.adapters import Adaptation, LowRank, enlarged
+from rlrag.model.adapters import Adaptation, LowRank, addition, enlarged
 from rlrag.model.architecture import TARGETS, Adapters, Architecture
-from rlrag.model.quantized import Matrix, Quantized, quantize
+from rlrag.model.quantized import Matrix, Quantized, numbers_of, quantize
 
 
 class Leaf(NamedTuple):
@@ -223,6 +223,24 @@ def grown(params: Transformer, architecture: Architecture) -> Transformer:
         return jnp.concatenate([rows, jnp.repeat(mean, architecture.vocab_size - rows.shape[0], 0)])
 
     return params.replace(embed=more(params.embed), head=more(params.head))  # type: ignore[attr-defined]
+
+
+def merged(params: Transformer, architecture: Architecture, adapter: str = "") -> Transformer:
+    """The parameters of a plain model that says what these say with one of their adapters; empty: with none."""
+    low = params.adapters.layers if params.adapters and adapter else {}
+    number = architecture.adapters.number(adapter) if adapter else 0
+
+    def whole(name: str) -> jax.Array:
+        matrix, dtype = numbers_of(getattr(params.layers, name)), jnp.dtype(architecture.param_dtype)
+        if name not in low:
+            return matrix.astype(dtype)
+        return (matrix.astype(jnp.float32) + addition(low[name], number, architecture.adapters.scale)).astype(dtype)
+
+    layers = params.layers.replace(**{name: whole(name) for name in TARGETS})  # type: ignore[attr-defined]
+    embed, head = params.embed, params.head
+    if adapter:
+        embed, head = params.table, None if head is None else params.output_head
+    return params.replace(embed=embed, layers=layers, head=head, adapters=None)  # type: ignore[attr-defined]
 
 
 # What learns of a tree.

@@ -30,7 +30,7 @@ def quantize(matrix: jax.Array) -> Quantized:
     return Quantized(values, scale)
 
 
-def plain(matrix: Matrix) -> jax.Array:
+def numbers_of(matrix: Matrix) -> jax.Array:
     """The numbers that stand in a matrix: float32 where it holds bytes."""
     return matrix.values * matrix.scale if isinstance(matrix, Quantized) else matrix
 

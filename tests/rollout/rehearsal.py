@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import random
 import time
+from types import MappingProxyType
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +33,7 @@ ARCHITECTURE = Architecture(
     vocab_size=64, num_layers=2, embed_dim=32, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=48,
     qk_norm=True, qkv_bias=True, tied=False,
 )  # fmt: skip
+ROLES = {"talker": Role("m"), "chooser": Role("m")}
 STOPS = ("</a>", "<b>", "a>f")
 SPEC = Spec(
     num_slots=8, num_pages=512, page_size=4, max_tokens=192, burst=5, prefill_rows=8, prefill_chunk=6,
@@ -96,15 +98,16 @@ def talk(example: Example, mode: str):
 
 
 def roll_out(
-    num_examples: int, group_size: int, most_s: float = 0.0, params=None, max_episodes: int = 24, **changes
-) -> list[Group]:
+    num_examples: int, group_size: int, most_s: float = 0.0, params=None, max_episodes: int = 24,
+    a: Architecture = ARCHITECTURE, roles=MappingProxyType(ROLES), **changes,
+) -> list[Group]:  # fmt: skip
     """The fast engine's groups."""
     spec = dataclasses.replace(SPEC, **changes)
     mesh = make_mesh()
-    decoder = Decoder(ARCHITECTURE, spec, VOCABULARY, END, mesh)
+    decoder = Decoder(a, spec, VOCABULARY, END, mesh)
     engine = Engine({"m": decoder}, decode, SlowSearcher(most_s), max_episodes=max_episodes, search_batch=3)
-    play = Play(talk, {"talker": Role("m"), "chooser": Role("m")}, group_size=group_size)
-    weights = jax.jit(lambda p: pack(p, ARCHITECTURE))(parameters() if params is None else params)
+    play = Play(talk, roles, group_size=group_size)
+    weights = jax.jit(lambda p: pack(p, a))(parameters() if params is None else params)
     examples = [Example(f"q{i}", "", ("",)) for i in range(num_examples)]
     groups = list(engine.run({"m": weights}, examples, play, jax.random.key(7)))
     assert all(pages.num_held == 0 for pages in decoder.pages), "pages leaked"
