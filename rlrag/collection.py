@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from rlrag.model.transformer import DecodeWeights
+from rlrag.model.decoding import DecodeWeights
 from rlrag.recipes.recipe import Stage
 from rlrag.records import from_record, to_record
 from rlrag.rewards.paid import Paid

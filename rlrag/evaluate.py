@@ -14,16 +14,15 @@ from rlrag.agents.workflow import Script, drive
 from rlrag.checkpoint import Checkpoints, load_config
 from rlrag.console import LINE_EVERY_S, Bar, bar, say
 from rlrag.data.task import Task, open_source, open_task, served
-from rlrag.mesh import make_mesh
+from rlrag.model.decoding import DecodeWeights, build_pack
 from rlrag.model.parameters import initialize, shardings
-from rlrag.model.transformer import DecodeWeights, pack
 from rlrag.recipes.recipe import Recipe
 from rlrag.retrieval.index import Index
 from rlrag.retrieval.service import open_remote
 from rlrag.rewards.answer import exact_match, f1
 from rlrag.rewards.paid import Paid
 from rlrag.rollout.engine import Engine, Play
-from rlrag.setup import acting_models, build_architecture, build_engine, build_stages
+from rlrag.setup import acting_models, build_architecture, build_engine, build_stages, open_mesh
 from rlrag.trajectory import Example, Group, SearchUnavailable, Trajectory
 
 CONFIDENCE = 0.95
@@ -65,13 +64,13 @@ def evaluate_checkpoint(workdir: Path, data: str, format: str | None = None) -> 
     step = checkpoints.latest() if checkpoints else None
     if checkpoints is None or step is None:
         raise ValueError(f"{workdir} holds no checkpoint yet: let the training reach its first one")
-    mesh = make_mesh(experiment.mesh.data, experiment.mesh.model)
+    mesh = open_mesh(experiment.mesh)
     with jax.set_mesh(mesh), open_remote(experiment.retriever, served(experiment), None) as remote:
         task, examples = open_evaluation(experiment, workdir, data, format, remote)
         a = build_architecture(experiment, task)
         like = jax.jit(lambda: initialize(a, jax.random.key(0)), out_shardings=shardings(a, mesh))()
         stages = build_stages(experiment, task)
-        recipe, pack_weights = stages[-1].recipe, jax.jit(lambda params: pack(params, a))
+        recipe, pack_weights = stages[-1].recipe, build_pack(a, mesh)
         models = acting_models(stages[-1:])
         weights = {model: pack_weights(checkpoints.restore_params(step, like, model)) for model in models}
         checkpoints.close()

@@ -20,12 +20,11 @@ from rlrag.data.task import Task, open_task, served
 from rlrag.episodes import EpisodeLog
 from rlrag.evaluate import Shown, bounds, evaluate, summarize, write_rows
 from rlrag.learner import Learner
-from rlrag.mesh import make_mesh
 from rlrag.metrics import Writer, num_rows, rewind, round_for_json
 from rlrag.model.architecture import Architecture
+from rlrag.model.decoding import DecodeWeights, build_pack
 from rlrag.model.folder import KEPT, folder_of, keep_description, locate
 from rlrag.model.parameters import Transformer, abstract, initialize, num_parameters, plain, shardings
-from rlrag.model.transformer import DecodeWeights, pack
 from rlrag.recipes.recipe import POLICY, WARM_UP, Stage
 from rlrag.report import describe, draw_curve, versions
 from rlrag.retrieval.index import Index
@@ -39,6 +38,7 @@ from rlrag.setup import (
     check_sizes,
     furnish,
     load_policy,
+    open_mesh,
     resolved,
 )
 from rlrag.signals import Stopping
@@ -76,7 +76,7 @@ class Run:
     def __post_init__(self):
         self.tokens, self.result = self.meta["tokens"], dict(self.meta["result"])
         self.key = jax.random.key(self.experiment.seed)
-        self.pack_weights = jax.jit(lambda params: pack(params, self.architecture))
+        self.pack_weights = build_pack(self.architecture, self.mesh)
         self.best_score = self.meta["best"]
 
     @property
@@ -109,7 +109,7 @@ def train(experiment: config.Experiment, directory: Path) -> dict[str, Any]:
         return result
     if experiment.warm_start and not workdir.holds_checkpoint(directory):
         workdir.finished(experiment)
-    mesh = make_mesh(experiment.mesh.data, experiment.mesh.model)
+    mesh = open_mesh(experiment.mesh)
     service = open_remote(experiment.retriever, served(experiment), directory)
     with jax.set_mesh(mesh), Stopping() as stopping, service as remote:
         run = set_up(experiment, directory, mesh, stopping, remote)

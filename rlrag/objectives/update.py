@@ -18,7 +18,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rlrag.batch import Batch
-from rlrag.mesh import DATA
+from rlrag.mesh import num_shards, rows_sharding
 from rlrag.metrics import Metrics, merge, nothing
 from rlrag.model.architecture import Architecture
 from rlrag.model.parameters import Transformer, abstract, joined, learning, part, shardings
@@ -65,7 +65,7 @@ class Update:
         self.architecture, self.objective, self.optimizer, self.mesh = a, objective, optimizer, mesh
         self.learns = learning(a, trains)
         own, replicated = self.own(shardings(a, mesh)), NamedSharding(mesh, PartitionSpec())
-        self._rows = NamedSharding(mesh, PartitionSpec(None, DATA))
+        self._rows = rows_sharding(mesh)
         self.accumulate = jax.jit(
             partial(accumulate, a, objective, self.learns), donate_argnums=(1, 2), out_shardings=(own, replicated)
         )
@@ -105,7 +105,7 @@ class Update:
 
     def put(self, batch: Batch) -> Batch:
         """A packed batch [M, R, ...] onto the mesh, rows over `data`."""
-        rows, shards = batch.tokens.shape[1], self.mesh.shape[DATA]
+        rows, shards = batch.tokens.shape[1], num_shards(self.mesh)
         if rows % shards:
             raise ValueError(f"update.micro_rows is {rows}: make it a multiple of the {shards} data shard(s)")
         return jax.device_put(batch, self._rows)
