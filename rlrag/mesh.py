@@ -87,6 +87,28 @@ def to_local(tree: Any, mesh: Mesh) -> Any:
     return jax.tree.map(one, tree)
 
 
+def put_rows(tree: Any, mesh: Mesh) -> Any:
+    """A batch [M, R, ...] of numpy onto the mesh: in several processes each gives the rows of its own devices."""
+    where = rows_sharding(mesh)
+    if jax.process_count() == 1:
+        return jax.device_put(tree, where)
+    shares = jax.process_count()
+
+    def one(leaf: np.ndarray) -> jax.Array:
+        shape = (leaf.shape[0], leaf.shape[1] * shares, *leaf.shape[2:])
+        return jax.make_array_from_process_local_data(where, leaf, shape)
+
+    return jax.tree.map(one, tree)
+
+
+def own_rows(array: jax.Array) -> np.ndarray:
+    """Of an array [M, R, ...] on the mesh the rows that this process gave."""
+    if array.is_fully_addressable:
+        return np.asarray(array)
+    found = {shard.index[1].start or 0: shard.data for shard in array.addressable_shards}
+    return np.concatenate([np.asarray(found[start]) for start in sorted(found)], 1)
+
+
 def partition(axes: Axes, shape: Sequence[int] | None = None, mesh: Mesh | None = None) -> PartitionSpec:
     """The PartitionSpec of logical axes; a dimension that its mesh axes do not divide stays whole."""
     known = set(mesh.axis_names) if mesh is not None else {DATA, MODEL}

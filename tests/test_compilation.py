@@ -98,7 +98,9 @@ def learn(mesh: jax.sharding.Mesh) -> tuple[dict[str, dict], list[np.ndarray]]:
     # Adam divides by what may be rounding alone: at this rate that stays below the tolerance.
     update = learner.build_update(objective, mesh, rate=1e-4)
     update.accumulate, update.apply = accumulate, apply = Watched(update.accumulate), Watched(update.apply)
-    prepare = Watched(build_prepare({"m": learner.ARCHITECTURE}, {"m": objective}, {"m": "m"}, group_relative(), 7, 28))
+    prepare = Watched(
+        build_prepare({"m": learner.ARCHITECTURE}, {"m": objective}, {"m": "m"}, group_relative(), 7, 28, mesh)
+    )
     state = update.initialize(learner.parameters())
     reference = update.initialize(learner.parameters(1)).params
     numbers = []
