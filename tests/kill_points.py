@@ -94,6 +94,8 @@ def without_times(row: dict) -> dict:
 
 def finger_print(directory: Path) -> dict:
     """Everything that must be equal."""
+    import jax
+    import numpy as np
     import orbax.checkpoint as ocp
 
     from rlrag.checkpoint import digest
@@ -113,8 +115,11 @@ def finger_print(directory: Path) -> dict:
         found[name] = [without_times(json.loads(line)) for line in lines]
     for folder in ("checkpoints", "best"):
         steps = sorted(int(path.name) for path in (directory / folder).iterdir() if path.name.isdecimal())
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-            state = reader.restore((directory / folder / str(steps[-1]) / "state").resolve())
+        path = (directory / folder / str(steps[-1]) / "state").resolve()
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:  # as numpy: the mesh may not be there
+            tree = reader.metadata(path).item_metadata.tree
+            as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+            state = reader.restore(path, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
         found[folder] = [steps[-1], digest(state)]
     return found
 

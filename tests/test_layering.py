@@ -92,6 +92,7 @@ RULES = {
     "rlrag.records": Rule("", "numpy"),
     "rlrag.watch": Rule("rlrag.config", ""),
     "rlrag.signals": Rule("", ""),
+    "rlrag.processes": Rule("", "jax orbax"),
     "rlrag.collection": Rule("kernels rlrag", "jax numpy"),
     "rlrag.learner": Rule("kernels rlrag", "jax numpy"),
     "rlrag.dry_run": Rule("kernels rlrag", "jax numpy"),
@@ -100,7 +101,7 @@ RULES = {
         "configs rlrag.recipes rlrag.config rlrag.model.architecture rlrag.data rlrag.study", "ml_collections"
     ),
     "launch": Rule(
-        "launch configs rlrag.train rlrag.dry_run rlrag.evaluate rlrag.config rlrag.console",
+        "launch configs rlrag.train rlrag.dry_run rlrag.evaluate rlrag.config rlrag.console rlrag.processes",
         "absl ml_collections jax numpy rich",
     ),
     "launch.study": Rule("launch rlrag.study rlrag.results", "absl"),

@@ -6,6 +6,7 @@ from typing import ClassVar
 DTYPES = ("float32", "bfloat16")
 ACTIVATIONS = ("silu", "gelu_tanh")
 ROPE_SCALINGS = ("", "linear", "llama3")
+REMATS = ("", "all", "elementwise")
 TARGETS = ("query", "key", "value", "output", "gate", "up", "down")  # the matrices of a layer
 BASES = ("", "int8")
 COUNTS = (
@@ -101,7 +102,7 @@ class Architecture:
     embed_scale: float = 1.0  # multiplies token embeddings at the input (Gemma: sqrt(embed_dim))
     dtype: str = "float32"  # of activations and decode weights
     param_dtype: str = "float32"
-    remat: bool = False  # recompute each layer in the backward pass
+    remat: str = ""  # what of a layer the backward pass computes again: all | elementwise; empty: nothing
     scan_unroll: int = 1  # layers unrolled per scan step in training
     base: str = ""  # how the matrices of the layers are held, where adapters alone learn; int8: a byte a number
     adapters: Adapters = field(default_factory=Adapters)
@@ -122,7 +123,7 @@ class Architecture:
             raise ValueError(f"head_dim is {self.head_dim}: rotary positions need an even number")
         for name, choices in (
             ("dtype", DTYPES), ("param_dtype", DTYPES), ("activation", ACTIVATIONS), ("rope_scaling", ROPE_SCALINGS),
-            ("base", BASES),
+            ("base", BASES), ("remat", REMATS),
         ):  # fmt: skip
             if getattr(self, name) not in choices:
                 raise ValueError(
@@ -164,7 +165,7 @@ class EncoderArchitecture:
     norm_epsilon: float = 1e-12
     dtype: str = "float32"  # of activations
     param_dtype: str = "float32"
-    remat: bool = False  # recompute each layer in the backward pass
+    remat: str = ""  # what of a layer the backward pass computes again: all | elementwise; empty: nothing
     scan_unroll: int = 1  # layers unrolled per scan step
 
     @property
@@ -182,6 +183,8 @@ class EncoderArchitecture:
             raise ValueError(
                 f"embed_dim is {self.embed_dim}, not a multiple of num_heads {self.num_heads}: change one of them"
             )
-        for name in ("dtype", "param_dtype"):
-            if getattr(self, name) not in DTYPES:
-                raise ValueError(f"{name} is {getattr(self, name)!r}: choose {' or '.join(DTYPES)}")
+        for name, choices in (("dtype", DTYPES), ("param_dtype", DTYPES), ("remat", REMATS)):
+            if getattr(self, name) not in choices:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)!r}: choose {' or '.join(each or 'nothing' for each in choices)}"
+                )

@@ -17,6 +17,7 @@ from rlrag.mesh import Axes, constrain
 from rlrag.model.architecture import EncoderArchitecture
 from rlrag.model.attention import attend
 from rlrag.model.parameters import Leaf, drawn, laid
+from rlrag.model.remat import rematerialized
 
 
 @flax.struct.dataclass
@@ -150,10 +151,9 @@ def encode(
     def step(x: jax.Array, weights: BertLayers) -> tuple[jax.Array, None]:
         return constrain(layer(x, weights, visible, a), "rows", None), None
 
-    if a.remat:
-        step = jax.checkpoint(step)
     x = params.word[tokens.reshape(-1)] + params.position[positions.reshape(-1)]
     x = x + (params.token_type[0] if token_types is None else params.token_type[token_types.reshape(-1)])
     x = layer_norm(x.astype(a.dtype), params.embed_norm, params.embed_norm_bias, a.norm_epsilon)
+    step = rematerialized(step, a.remat)
     x, _ = jax.lax.scan(step, constrain(x, "rows", None), params.layers, unroll=min(a.scan_unroll, a.num_layers))
     return x.reshape(B, T, a.embed_dim)

@@ -136,7 +136,7 @@ def find_config(a: Architecture, source: Path | None) -> dict[str, Any]:
 
 def differences(a: Architecture, config: dict[str, Any]) -> list[str]:
     """Fields in which the computation that a config.json tells is another."""
-    plain = replace(a, dtype="float32", param_dtype="float32", remat=False, scan_unroll=1, value_head=False)
+    plain = replace(a, dtype="float32", param_dtype="float32", remat="", scan_unroll=1, value_head=False)
     found = asdict(parse(Path(CONFIG), config | {"vocab_size": a.vocab_size}))
     return [name for name, value in asdict(plain).items() if found.get(name) != value]
 

@@ -18,6 +18,7 @@ from rlrag.model.attention import attend, rotate, rotations, views, visibility
 from rlrag.model.decoding import WHOLE, DecodeLayer, DecodeWeights, Parts
 from rlrag.model.parameters import Layers, Transformer
 from rlrag.model.quantized import Quantized, times
+from rlrag.model.remat import rematerialized
 
 # (layer number, query [B, C, N, H], key [B, C, K, H], value [B, C, K, H]) -> mixed [B, C, N, H]
 Mix = Callable[[int, jax.Array, jax.Array, jax.Array], jax.Array]
@@ -188,12 +189,12 @@ def trunk(
 
         return constrain(layer(x, weights, chosen(angles, local), a, mix, own_low, own), "rows", None), None
 
-    if a.remat:
-        step = jax.checkpoint(step)
     x = params.table[tokens.reshape(-1)].astype(a.dtype) * jnp.asarray(a.embed_scale, a.dtype)
     keys = None if key is None else jax.random.split(key, a.num_layers)
     xs = params.layers, low, jnp.array(a.local) if len(seen) > 1 else None, keys
-    x, _ = jax.lax.scan(step, constrain(x, "rows", None), xs, unroll=min(a.scan_unroll, a.num_layers))
+    x, _ = jax.lax.scan(
+        rematerialized(step, a.remat), constrain(x, "rows", None), xs, unroll=min(a.scan_unroll, a.num_layers)
+    )
     return rms_norm(x, params.final_norm, a).reshape(B, T, a.embed_dim)
 
 

@@ -235,6 +235,19 @@ def burst(
     return Cache(*stored), emitted
 
 
+SHARD, EVERYWHERE, SECOND = PartitionSpec(DATA), PartitionSpec(), PartitionSpec(None, DATA)
+INBOX = Inbox(
+    prefill=Prefill(*[SECOND] * 5, num_chunks=SHARD),
+    decode=Decode(*[SHARD] * 8, controls=Controls(*[SHARD] * 4)),
+)
+
+
+def inbox_shardings(mesh: Mesh) -> Inbox:
+    """How an inbox lies on the devices of a process."""
+    is_spec = lambda x: isinstance(x, PartitionSpec)  # noqa: E731
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), INBOX, is_leaf=is_spec)
+
+
 def build_advance(spec: Spec, a: Architecture, end_id: int, mesh: Mesh):
     """The jitted program: advance(weights, cache, inbox, stops, accepting, root) -> (cache, outbox); cache donated.
 
@@ -245,21 +258,16 @@ def build_advance(spec: Spec, a: Architecture, end_id: int, mesh: Mesh):
         cache = prefill(weights, cache, inbox.prefill, spec, a, cut)
         return burst(weights, cache, inbox.decode, stops, accepting, root, end_id, spec, a, cut)
 
-    shard, whole, second = PartitionSpec(DATA), PartitionSpec(), PartitionSpec(None, DATA)
     cached = PartitionSpec(MODEL if cut.heads > 1 else None, DATA)
     weights = jax.tree.map(lambda leaf: leaf.sharding, abstract_weights(a, mesh))
-    inbox_specs = Inbox(
-        prefill=Prefill(*[second] * 5, num_chunks=shard),
-        decode=Decode(*[shard] * 8, controls=Controls(*[shard] * 4)),
-    )
     mapped = jax.shard_map(
         advance,
         mesh=mesh,
-        in_specs=(jax.tree.map(lambda sharding: sharding.spec, weights), cached, inbox_specs, whole, whole, whole),
-        out_specs=(cached, shard),
+        in_specs=(jax.tree.map(lambda sharding: sharding.spec, weights), cached, INBOX, *[EVERYWHERE] * 3),
+        out_specs=(cached, SHARD),
         check_vma=False,  # never differentiated
     )
     # Every input's sharding is spelled out: numpy arrays then land in place, and one compilation serves all calls.
-    host = jax.tree.map(lambda s: NamedSharding(mesh, s), inbox_specs, is_leaf=lambda x: isinstance(x, PartitionSpec))
-    replicated = NamedSharding(mesh, whole)
-    return jax.jit(mapped, in_shardings=(weights, None, host, replicated, replicated, replicated), donate_argnums=1)
+    replicated = NamedSharding(mesh, EVERYWHERE)
+    places = weights, None, inbox_shardings(mesh), replicated, replicated, replicated
+    return jax.jit(mapped, in_shardings=places, donate_argnums=1)

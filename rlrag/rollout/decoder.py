@@ -141,6 +141,8 @@ class Decoder:
         inbox = self._schedule()
         stops, accepting = self._stop_table()
         self.usage.scheduling_s += time.perf_counter() - begin
+        if jax.process_count() > 1:  # a program takes numpy arrays in parts only where there is one process
+            inbox = jax.device_put(inbox, device.inbox_shardings(self.mesh))
         with jax.set_mesh(self.mesh):
             self._cache, self._outbox = self.advance(self._weights, self._cache, inbox, stops, accepting, self._root)
         return True

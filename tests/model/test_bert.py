@@ -116,7 +116,7 @@ def test_gradients_are_finite_and_recomputing_changes_nothing():
         assert np.isfinite(leaf).all()
         # The same number added to all scores of a query changes nothing: the key's bias has no gradient.
         assert (np.abs(leaf).max() > 1e-6) == ("key_bias" not in jax.tree_util.keystr(path))
-    other_value, other = step(params, dataclasses.replace(SMALL, remat=True, scan_unroll=2), *rows)
+    other_value, other = step(params, dataclasses.replace(SMALL, remat="all", scan_unroll=2), *rows)
     assert float(other_value) == pytest.approx(float(value), rel=1e-5)
     for mine, wanted in zip(jax.tree.leaves(other), jax.tree.leaves(gradient)):
         np.testing.assert_allclose(mine, wanted, atol=1e-4)

@@ -236,7 +236,7 @@ def test_remat_and_unrolling_change_nothing(name):
     params = parameters(a)
     step = jax.jit(jax.value_and_grad(loss), static_argnums=1)
     value, gradient = step(params, a, batch)
-    for changes in ({"remat": True, "scan_unroll": 2}, {"scan_unroll": 99}):
+    for changes in ({"remat": "all", "scan_unroll": 2}, {"remat": "elementwise"}, {"scan_unroll": 99}):
         other_value, other = step(params, dataclasses.replace(a, **changes), batch)
         np.testing.assert_allclose(other_value, value, rtol=1e-6)
         assert max(map(relative, jax.tree.leaves(other), jax.tree.leaves(gradient))) < 1e-5

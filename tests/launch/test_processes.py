@@ -1,0 +1,129 @@
+"""Where a process stands, what is told of it, and several of them on one machine."""
+
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+from absl import flags
+
+from launch import processes
+from launch.flags import Mistake
+from launch.processes import Place, define_flags, environment_of, explain_lost, find_place, wait
+from tests.conftest import REPOSITORY
+
+LAUNCH = REPOSITORY / "launch"
+FOUR = {"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "4"}
+
+
+def found(arguments=(), **environment):
+    values = flags.FlagValues()
+    define_flags(values)
+    values(["program", *arguments])
+    return find_place(values, environment)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "wanted"),
+    [
+        ((), {}, None),
+        (("--coordinator=a:1", "--num_processes=2", "--process_id=1"), {}, Place("a:1", 2, 1)),
+        ((), {**FOUR, "JAX_PROCESS_ID": "3"}, Place("a:1", 4, 3)),
+        ((), {**FOUR, "JOB_COMPLETION_INDEX": "2"}, Place("a:1", 4, 2)),
+        ((), {"SLURM_STEP_NUM_TASKS": "2"}, Place()),
+        ((), {"SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "8"}, None),  # in the batch script itself
+        ((), {"OMPI_COMM_WORLD_SIZE": "3"}, Place()),
+        ((), {"TPU_WORKER_HOSTNAMES": "a,b"}, Place()),
+        ((), {"TPU_WORKER_HOSTNAMES": "localhost"}, None),
+        (("--distributed",), {}, Place()),
+    ],
+)  # fmt: skip
+def test_a_process_finds_its_place(arguments, environment, wanted):
+    assert found(arguments, **environment) == wanted
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "told"),
+    [
+        (("--coordinator=a:1",), {}, "--num_processes is missing: give all of --coordinator, --num_pro"),
+        (("--coordinator=a", "--num_processes=2", "--process_id=1"), {}, "the coordinator is 'a': give host:port"),
+        (("--coordinator=a:1", "--num_processes=2", "--process_id=2"), {}, "--process_id is 2, of 2 processes: number"),
+        ((), FOUR, "JAX_PROCESS_ID is not set"),
+        ((), {**FOUR, "JAX_NUM_PROCESSES": "two", "JAX_PROCESS_ID": "0"}, "whole numbers"),
+    ],
+)  # fmt: skip
+def test_what_is_missing_or_wrong_is_told(arguments, environment, told):
+    with pytest.raises(Mistake, match=told):
+        found(arguments, **environment)
+
+
+def test_the_local_run_tells_each_process_its_place():
+    own = environment_of(1, 3, 2, 1234, {"XLA_FLAGS": "--a=b", "JAX_PLATFORMS": "cpu"})
+    assert found(**own) == Place("127.0.0.1:1234", 3, 1)
+    assert own["JAX_COORDINATOR_BIND_ADDRESS"] == "127.0.0.1:1234", "no other machine is listened to"
+    assert own["XLA_FLAGS"] == "--a=b --xla_force_host_platform_device_count=2"
+    assert environment_of(1, 3, 2, 1234, {"JAX_PLATFORMS": "cuda"})["JAX_LOCAL_DEVICE_IDS"] == "2,3"
+
+
+def test_an_error_of_a_lost_peer_is_told_in_a_line():
+    told = explain_lost(ValueError("UNKNOWN: Gloo AllGather failed: Connection closed by peer [127.0.0.1]:8865\nmore"))
+    assert told is not None
+    assert "another process of this training is gone" in told
+    assert "\n" not in told
+    assert explain_lost(ValueError("steps is -1")) is None
+
+
+LEAVES = """
+import os, sys
+from launch.processes import speak_last
+silence = speak_last("error: last words")
+if sys.argv[1] == "abort": os.abort()
+if sys.argv[1] == "silence": silence()
+"""
+
+
+@pytest.mark.parametrize(("how", "told"), [("abort", "error: last words\n"), ("end", ""), ("silence", "")])
+def test_last_words_are_spoken_where_python_could_not(how, told):
+    done = python("-c", LEAVES, how)
+    assert done.stderr == told
+    assert (done.returncode == 0) == (how != "abort")
+
+
+def python(*arguments):
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
+
+
+def children(*sources):
+    return [subprocess.Popen([sys.executable, "-c", source], stderr=subprocess.DEVNULL) for source in sources]
+
+
+def test_the_first_failure_is_the_runs_and_ends_the_others(monkeypatch):
+    monkeypatch.setattr(processes, "GRACE_S", 0.2)
+    begin = time.monotonic()
+    assert wait(children("import sys; sys.exit(3)", "import time; time.sleep(60)")) == 3
+    assert time.monotonic() - begin < 30
+    assert wait(children("pass", "pass")) == 0
+    assert wait(children("import os; os.kill(os.getpid(), 9)")) == 128 + 9
+
+
+def test_a_run_without_a_command_is_told():
+    done = python("-m", "launch.processes", "--count=2")
+    assert done.returncode == 2
+    assert done.stderr == "error: nothing to run: give -- launch.train --config=... behind the flags\n"
+
+
+def test_the_launch_files_say_what_the_code_reads():
+    (job,) = yaml.safe_load(LAUNCH.joinpath("jobset.yaml").read_text())["spec"]["replicatedJobs"]
+    spec = job["template"]["spec"]
+    (container,) = spec["template"]["spec"]["containers"]
+    environment = {each["name"]: each["value"] for each in container["env"]}
+    assert int(environment["JAX_NUM_PROCESSES"]) == spec["completions"] == spec["parallelism"]
+    assert spec["completionMode"] == "Indexed"
+    place = found(**environment, JOB_COMPLETION_INDEX="3")
+    assert place == Place(f"rlrag-{job['name']}-0-0.rlrag:8476", 4, 3)
+    assert container["ports"] == [{"containerPort": 8476}]
+    script = LAUNCH / "slurm.sbatch"
+    subprocess.run(["bash", "-n", script], check=True)
+    assert '-m launch.train "$@"' in script.read_text()

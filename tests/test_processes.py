@@ -1,0 +1,71 @@
+"""Two processes train as one does; one of them killed, both begin again and end as if nothing had been."""
+
+import pytest
+
+from rlrag import processes
+from rlrag.collection import Collected, regrouped, together
+from tests.kill_points import finger_print
+from tests.pod import ALONE_S, CLOSE, Setting, apart, equal, kill_one, run
+
+
+@pytest.fixture
+def as_one_of(monkeypatch):
+    """Stand in for a process among several."""
+
+    def one_of(count, index=0):
+        monkeypatch.setattr(processes, "count", lambda: count)
+        monkeypatch.setattr(processes, "index", lambda: index)
+
+    return one_of
+
+
+@pytest.mark.parametrize("items", [range(10), range(2), []])
+@pytest.mark.parametrize("count", [1, 3, 4])
+def test_shares_in_order_are_the_whole(as_one_of, items, count):
+    shares = []
+    for index in range(count):
+        as_one_of(count, index)
+        shares.append(processes.share(items))
+    assert [item for share in shares for item in share] == list(items)
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_alone_a_process_hears_itself():
+    value = {"any": object}
+    assert processes.gather("topic", value) == [value]
+    assert processes.is_first()
+    with processes.first_alone():
+        pass
+
+
+def test_episodes_made_ahead_are_dealt_out_anew_where_the_number_of_processes_changed(as_one_of):
+    parts = [Collected(3, 2, list(range(i, i + 2)), [[i]] * 2, [True, False], "cursor", {}) for i in (0, 2, 4)]
+    as_one_of(3, 1)
+    assert regrouped(parts) is parts[1]
+    as_one_of(2, 1)
+    found = regrouped(parts)
+    assert (found.groups, found.accept, found.cursor) == ([3, 4, 5], [False, True, False], "cursor")
+
+
+def test_rollouts_side_by_side_add_their_tokens():
+    one = {"tokens": 10.0, "tokens_per_s": 5.0, "device_s": 2.0, "lane_occupancy": 0.5}
+    two = {"tokens": 30.0, "tokens_per_s": 10.0, "device_s": 4.0, "lane_occupancy": 1.0}
+    assert together([one, two]) == {"tokens": 40.0, "tokens_per_s": 15.0, "device_s": 3.0, "lane_occupancy": 0.75}
+    assert together([one]) == one
+
+
+def test_two_processes_are_one_and_survive_each_other(tmp_path):
+    """On a mesh of data 2 x model 2 over two processes (tests/pod.py has more of it)."""
+    pair = Setting(2, 2, model=2)
+    run("on_policy", tmp_path / "alone", Setting())
+    run("on_policy", tmp_path / "pair", pair)
+    worst, number = apart(tmp_path / "pair", tmp_path / "alone")
+    assert worst <= CLOSE
+    assert number > 80
+    # The first holds JAX's service: the other learns at once, where it would wait for a heartbeat otherwise.
+    seconds, told = kill_one("on_policy", tmp_path / "killed", pair, victim=0, row=6)
+    assert seconds <= ALONE_S
+    assert told.startswith("error: process 1 of 2")
+    assert "another process of this training is gone" in told
+    run("on_policy", tmp_path / "killed", pair)
+    assert not equal(finger_print(tmp_path / "killed"), finger_print(tmp_path / "pair"))
