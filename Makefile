@@ -14,7 +14,7 @@ export UV_PYTHON_DOWNLOADS := never
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
 .PHONY: help venv minilm demo test test-matrix pytest lint kill-points fuzz disk-full retrieval-load dense-bench \
-	memory-check load-memory parity bench lock
+	memory-check load-memory parity pod bench lock
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -82,6 +82,9 @@ parity: ## decoders and encoders against torch, transformers and peft (.venv-par
 	@.venv-parity/bin/python -m pip install --quiet --editable '.[dev]' peft==0.21.2 sentence-transformers==6.2.0 $(PINS)
 	.venv-parity/bin/python -m tests.golden_decoders $(if $(WRITE),,--check)
 	.venv-parity/bin/python -m tests.golden_encoders $(if $(WRITE),,--check)
+
+pod: $(INSTALLED) ## other meshes and two processes against one device; a process killed, one asked to end (KINDS=on_policy,...)
+	$(RUN) -m tests.pod $(if $(KINDS),--kinds=$(KINDS))
 
 bench: $(INSTALLED) ## time every implementation of every kernel on this device
 	$(RUN) -m kernels.bench

@@ -70,6 +70,7 @@ class Run:
     best: Checkpoints  # the best by held-out score
     episodes: EpisodeLog
     begun: float = field(default_factory=time.perf_counter)
+    leaving: bool = False  # all processes know that one was asked to end
     tokens: int = 0  # trained on so far
     result: dict[str, Any] = field(default_factory=dict)
 
@@ -246,19 +247,25 @@ def play(run: Run, learner: Learner, number: int) -> None:
             progress.show(**headline(values))
             if reached(stage.settings, values):
                 break
-            run.stopping.asked = any(processes.gather("asked", run.stopping.asked))
+            agree(run)
             due = step % run.experiment.checkpoint_every == 0
-            if (due or run.stopping.asked) and step < stage.steps:
+            if (due or run.leaving) and step < stage.steps:
                 save(run, learner, number, step, cursor, watchman, collector.meta())
             leave_if_asked(run, step < stage.steps)
         save(run, learner, number, step, cursor, watchman, {"ahead": None}, ended=True)
+    agree(run)
     leave_if_asked(run, True)
+
+
+def agree(run: Run) -> None:
+    """Whether any process was asked to end: from here on all know, and what one hears later waits for the next time."""
+    run.leaving = any(processes.gather("asked", run.stopping.asked))
 
 
 def leave_if_asked(run: Run, saved: bool) -> None:
     """End the process, without an error, where that was asked for and everything is saved."""
     run.stopping.look()
-    if run.stopping.asked and saved:
+    if run.leaving and saved:
         say(f"asked to end: saved in {run.directory}, the same command goes on from here")
         raise SystemExit(0)
 
@@ -330,6 +337,7 @@ def score(run: Run, models: Models, name: str) -> dict[str, Any]:
             if len(groups) < TESTED * run.experiment.log_episodes:
                 groups.append(group)
             if processes.count() == 1:  # several have begun the test together, and end it together
+                agree(run)
                 leave_if_asked(run, True)
 
         rows = evaluate(run.engine, run.packed(models), examples, recipe, progress=played)

@@ -5,7 +5,7 @@ import pytest
 from rlrag import processes
 from rlrag.collection import Collected, regrouped, together
 from tests.kill_points import finger_print
-from tests.pod import ALONE_S, CLOSE, Setting, apart, equal, kill_one, run
+from tests.pod import ALONE_S, CLOSE, Setting, apart, equal, kill_one, run, run_apart
 
 
 @pytest.fixture
@@ -58,7 +58,10 @@ def test_two_processes_are_one_and_survive_each_other(tmp_path):
     """On a mesh of data 2 x model 2 over two processes (tests/pod.py has more of it)."""
     pair = Setting(2, 2, model=2)
     run("on_policy", tmp_path / "alone", Setting())
-    run("on_policy", tmp_path / "pair", pair)
+    for compiled in run_apart("on_policy", tmp_path / "pair", pair):
+        assert compiled["advance"] == 1
+        # Each of the two stages has an update of its own.
+        assert compiled["prepare"] == compiled["accumulate"] == compiled["apply"] == 2
     worst, number = apart(tmp_path / "pair", tmp_path / "alone")
     assert worst <= CLOSE
     assert number > 80
