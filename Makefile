@@ -81,6 +81,7 @@ parity: ## decoders and encoders against torch, transformers and peft (.venv-par
 	@.venv-parity/bin/python -m pip install --quiet torch==2.13.0
 	@.venv-parity/bin/python -m pip install --quiet --editable '.[dev]' peft==0.21.2 sentence-transformers==6.2.0 $(PINS)
 	.venv-parity/bin/python -m tests.golden_decoders $(if $(WRITE),,--check)
+	.venv-parity/bin/python -m tests.golden_adapters $(if $(WRITE),,--check)
 	.venv-parity/bin/python -m tests.golden_encoders $(if $(WRITE),,--check)
 
 bench: $(INSTALLED) ## time every implementation of every kernel on this device
