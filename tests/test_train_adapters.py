@@ -7,7 +7,7 @@ import pytest
 
 from rlrag.convert import read_run
 from rlrag.model.architecture import Adapters
-from rlrag.model.parameters import initialize, learning
+from rlrag.model.parameters import initialize
 from rlrag.train import train
 from tests.experiments import tiny
 from tests.test_train import interrupted, rows_of, without_times
@@ -42,6 +42,9 @@ def leaves(tree):
     return {jax.tree_util.keystr(path, simple=True, separator="."): np.asarray(leaf) for path, leaf in found}
 
 
+LEARNS = {adapted: ("adapters.",), narrow: ("",), chosen: ("layers.query", "final_norm")}  # how their paths begin
+
+
 @pytest.mark.parametrize("build", [adapted, narrow, chosen])
 def test_what_learns_moves_the_rest_stays_and_a_resume_is_exact(build, tmp_path, monkeypatch):
     alone, broken = tmp_path / "alone", tmp_path / "broken"
@@ -58,14 +61,12 @@ def test_what_learns_moves_the_rest_stays_and_a_resume_is_exact(build, tmp_path,
     begun = jax.jit(lambda key: initialize(a, key))(jax.random.fold_in(jax.random.key(experiment.seed), 0))
     before, after = leaves(begun), leaves(params)
     assert before.keys() == after.keys()
-    learns = leaves(learning(a, experiment.main.update.trains))
-    assert any(learns.values())
-    for place, yes in learns.items():
+    for place in before:
         moved = (before[place] != after[place]).any()
-        if yes and build is not narrow:
-            assert moved, f"{place} has learned"
-        if not yes:
+        if not place.startswith(LEARNS[build]):
             assert not moved, f"{place} has stayed"
+        elif build is not narrow:  # some of whose small steps end where they began
+            assert moved, f"{place} has learned"
     if build is adapted:
         assert after["layers.query.values"].dtype == np.int8
         assert after["final_norm"].dtype == jnp.bfloat16
