@@ -1,4 +1,4 @@
-"""Small steps on narrow parameters, gradients that are no numbers, and the learning rate's course."""
+"""Small steps on narrow parameters, and gradients that are no numbers. Schedules: test_update.py."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from rlrag.objectives.optimizer import build_optimizer, build_schedule
+from rlrag.objectives.optimizer import build_optimizer
 
 SETTINGS = {"b1": 0.9, "b2": 0.99, "weight_decay": 0.5, "clip_norm": 1.0}
 
@@ -42,17 +42,3 @@ def test_a_gradient_that_is_no_number_changes_nothing(master):
     params, state = stepped(begun, 1, float("nan"), master=master)
     np.testing.assert_array_equal(params["w"], begun["w"])
     assert int(state.total_notfinite) == 1  # type: ignore[attr-defined]
-
-
-@pytest.mark.parametrize(
-    ("kind", "middle", "end"), [("constant", 1.0, 1.0), ("cosine", 0.55, 0.1), ("linear", 0.55, 0.1)]
-)
-def test_the_learning_rate_rises_and_falls(kind, middle, end):
-    schedule = build_schedule(kind, 1.0, 4, 24, 0.1)
-    np.testing.assert_allclose([schedule(step) for step in range(4)], [0.25, 0.5, 0.75, 1.0], atol=1e-6)
-    np.testing.assert_allclose([schedule(14), schedule(24)], [middle, end], atol=1e-6)
-
-
-def test_an_unknown_course_is_told():
-    with pytest.raises(ValueError, match=r"update\.schedule is 'step': choose constant, cosine or linear"):
-        build_schedule("step", 1.0, 0, 1, 0.0)
