@@ -90,6 +90,7 @@ def saved(folder: Path, to: Path) -> np.ndarray:
         r=2, lora_alpha=7, lora_dropout=0.1, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM",
         trainable_token_indices=newest if tied else {"embed_tokens": newest, "lm_head": newest},
     )  # fmt: skip
+    torch.manual_seed(3)  # of what peft draws itself
     adapted = peft.get_peft_model(model, config)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
@@ -98,6 +99,9 @@ def saved(folder: Path, to: Path) -> np.ndarray:
                 weight.add_(torch.randn(weight.shape, generator=generator), alpha=0.3)
     adapted.save_pretrained(to)
     (to / "README.md").unlink(missing_ok=True)
+    told = json.loads((to / "adapter_config.json").read_text())
+    told["target_modules"].sort()  # a set, in another order in every process
+    (to / "adapter_config.json").write_text(json.dumps(told, indent=2, sort_keys=True))
     return logits(adapted, tokens_of(vocabulary))
 
 
