@@ -50,7 +50,7 @@ published: $(INSTALLED) ## a model in Hugging Face's form learns to search: all 
 	$(PUBLISHED) --config.warm_start=runs/published_start --config.model.adapters.rank=16 \
 	  --config.main.loss.reference=base --config.main.loss.kl=0.01 --config.main.update.learning_rate=1e-3 \
 	  --workdir=runs/published_lora
-	$(RUN) -m tests.base_check --workdir=runs/published_lora
+	$(RUN) -m tests.reference_check --workdir=runs/published_lora
 	rm -rf runs/published_merged runs/published_base runs/published_adapter
 	$(RUN) -m launch.convert --from=runs/published_lora --to=runs/published_merged
 	$(RUN) -m launch.convert --from=runs/published_lora --to=runs/published_base --adapter=none

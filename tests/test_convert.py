@@ -19,8 +19,8 @@ from rlrag.model.peft import read_adapter
 from rlrag.setup import load_policy
 from rlrag.train import train
 from tests import decoders
-from tests.base_check import say
 from tests.configs.test_multihop import smoke
+from tests.reference_check import say
 from tests.tiny_checkpoint import write_checkpoint
 
 SHAPE = Architecture(
