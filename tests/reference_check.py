@@ -1,4 +1,6 @@
-"""What a trained model says without its adapters, on the episodes of its run: python -m tests.reference_check --workdir=RUN
+"""What a trained model says without its adapters, on episodes of its run:
+
+    python -m tests.reference_check --workdir=RUN
 
 Three times the same, bit by bit: the reference that the checkpoint holds (adapters that add nothing), the model with
 its adapters taken away, and the model that the training began from; and how far the adapters have moved it.
