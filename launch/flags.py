@@ -19,7 +19,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn, get_origin, get_type_hints
 
 from absl import flags
 
@@ -165,10 +165,25 @@ def define_config(values: flags.FlagValues, argv: Sequence[str]) -> None:
     """`--config=configs/NAME.py:VARIANT` and `--config.field=value` for every field of the Experiment."""
     from ml_collections import config_flags  # late: other programs need it not
 
+    from rlrag.config import Experiment
+
+    for kind in literals(Experiment()):  # ml_collections has no parser for them; check names the choices
+        config_flags.register_flag_parser_for_type(kind, flags.ArgumentParser())
     config_flags.DEFINE_config_file(
         "config", None, f"Experiment, as in {EXAMPLE}; --config.FIELD=VALUE changes a field (rlrag/config.py).",
         flag_values=values, sys_argv=list(argv),
     )  # fmt: skip
+
+
+def literals(part: Any) -> Iterator[Any]:
+    """The type of every field that is a choice of texts."""
+    kinds = get_type_hints(type(part))
+    for f in dataclasses.fields(part):
+        value = getattr(part, f.name)
+        if dataclasses.is_dataclass(value):
+            yield from literals(value)
+        elif get_origin(kinds[f.name]) is Literal:
+            yield kinds[f.name]
 
 
 def with_main_field(argument: str) -> str:

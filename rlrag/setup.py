@@ -18,6 +18,7 @@ from rlrag.model.families import CONFIG, read_architecture, read_json
 from rlrag.model.folder import folder_of
 from rlrag.model.hf import load_parameters
 from rlrag.model.parameters import Transformer, abstract, furnished, grown, plain, reshaped, shardings
+from rlrag.model.peft import begun, read_adapters
 from rlrag.recipes.recipe import WARM_UP, Stage
 from rlrag.retrieval.client import CachedRetriever
 from rlrag.rollout.advance import Spec
@@ -66,9 +67,14 @@ def resolved(experiment: config.Experiment, directory: Path) -> config.Experimen
     """The experiment with the shape of the published model that model.path names, where it names one.
 
     directory: of the run, which keeps what describes that model (folder_of). Raises ValueError where there is no such
-    model, or one that is no decoder.
+    model, or one that is no decoder; and for adapters of no model.
     """
     own = experiment.model
+    if own.adapters.path and not own.path and not experiment.warm_start:
+        raise ValueError(
+            f"model.adapters.path is {own.adapters.path!r}, adapters of a model that is not there: give "
+            "--config.model.path=DIR, the one they were trained on"
+        )
     if not own.path:
         return experiment
     folder = folder_of(own.path, directory)
@@ -109,11 +115,17 @@ def load_policy(folder: Path, a: Architecture, mesh: jax.sharding.Mesh) -> Trans
 
 
 def furnish(params: Transformer, a: Architecture, mesh: jax.sharding.Mesh, key: jax.Array) -> Transformer:
-    """Plain parameters, which are taken over, as the architecture holds them: new adapters, matrices as bytes."""
+    """Plain parameters, which are taken over, as the architecture holds them: matrices as bytes, adapters that are new
+    or stand in the folders of `adapters.path`."""
     if a == plain(a):
         return params
-    program = jax.jit(lambda params, key: furnished(params, a, key), out_shardings=shardings(a, mesh), donate_argnums=0)
-    return program(params, key)
+    found = read_adapters(a) if a.adapters.path else []
+
+    def program(params: Transformer, key: jax.Array, found: Any) -> Transformer:
+        params = furnished(params, a, key)
+        return begun(params, found) if found else params
+
+    return jax.jit(program, out_shardings=shardings(a, mesh), donate_argnums=0)(params, key, found)
 
 
 def build_spec(experiment: config.Experiment, task: Task) -> Spec:

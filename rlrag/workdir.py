@@ -52,6 +52,12 @@ def finished(experiment: config.Experiment) -> dict[str, Any]:
     if result is None or not holds_checkpoint(source):
         lacks = "finished run" if result is None else "checkpoint"
         raise ValueError(f"warm_start is {source}, which holds no {lacks}: name the --workdir of one that ended")
+    path = experiment.model.adapters.path
+    if path and result["config"]["model"].get("adapters", {}).get("rank"):
+        raise ValueError(
+            f"model.adapters.path is {path!r}, but {source}, which warm_start names, has adapters already: give one of "
+            "them only"
+        )
     return result
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 FIXTURES = Path(__file__).parent / "fixtures" / "decoders"
+ADAPTER = FIXTURES / "qwen2-adapter"  # what peft wrote of the decoder qwen2 (tests/golden_adapters.py)
 CONTINUED = 64  # tokens of the greedy continuations
 PROMPTS = (11, 4, 17)  # tokens of each
 LLAMA3 = {

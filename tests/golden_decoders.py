@@ -2,7 +2,7 @@
 
 Writes tests/fixtures/decoders: checkpoints with random weights as transformers saves them, and what it makes of them;
 the fast tests read both. With --check nothing is written: what is there is computed anew, by torch and by rlrag, and
-compared; and what rlrag exports is loaded by transformers and by peft. `make parity` runs it in a virtual environment
+compared; and what rlrag exports is loaded by transformers. `make parity` runs it in a virtual environment
 of its own, since torch is no dependency of rlrag.
 """
 

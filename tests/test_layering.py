@@ -39,6 +39,7 @@ RULES = {
     "rlrag.model.folder": Rule("rlrag.model.families", "huggingface_hub"),
     "rlrag.model.hf": Rule("rlrag.model rlrag.mesh", "jax numpy safetensors"),
     "rlrag.model.hf_export": Rule("rlrag.model", "jax numpy safetensors"),
+    "rlrag.model.peft": Rule("rlrag.model", "jax numpy safetensors"),
     "rlrag.rollout": Rule(
         "rlrag.rollout rlrag.model kernels rlrag.mesh rlrag.trajectory rlrag.agents.workflow", "jax numpy flax"
     ),
@@ -116,7 +117,7 @@ RULES = {
 
 # Modules that run wherever jax, flax, optax, numpy and absl do, counting all that importing them imports of ours.
 CORE = ("kernels", "rlrag.model", "rlrag.rollout", "rlrag.objectives", "launch.bench")
-NOT_CORE = ("rlrag.model.hf", "rlrag.model.hf_export")
+NOT_CORE = ("rlrag.model.hf", "rlrag.model.hf_export", "rlrag.model.peft")
 CORE_OTHERS = "jax flax optax numpy absl"
 
 # Modules that a process may import without paying for JAX or taking memory on an accelerator.

@@ -171,6 +171,28 @@ def test_two_adapters_learn_from_their_own_streams_and_the_base_stays(learners):
     np.testing.assert_array_equal(referred, base)
 
 
+def test_dropout_is_of_learning_and_another_in_every_step(learners):
+    def dropping(share):
+        def change(main, experiment):
+            algorithms.grpo(main, experiment)
+            experiment.model.adapters = Adapters(rank=2, dropout=share)
+
+        return learners(change, {"talker": Role("policy", adapter="policy"), "agent": Role("policy", adapter="policy")})
+
+    def learned(share, step=0):
+        """Additions after one step of that number."""
+        learner = dropping(share)
+        loud = jax.tree.map(lambda leaf: leaf + 0.1, learner.models["policy"].adapters)
+        state = learner.states["policy"]
+        params = state.params.replace(adapters=loud)
+        learner.states["policy"] = state.replace(params=params, step=state.step + step)
+        learner.learn(collected(("talker", "agent")), 0)
+        return np.asarray(learner.models["policy"].adapters.layers["up"].down)
+
+    none, some, again, later = learned(0), learned(0.5), learned(0.5), learned(0.5, 1)
+    assert (some == again).all() and (some != later).any() and (some != none).any()
+
+
 def test_the_gap_is_that_of_the_policy_that_played(learners):
     """With several minibatches the later ones see a policy that has moved: their distance is not the sampler's."""
 

@@ -1,9 +1,24 @@
+from dataclasses import replace
+
+import jax
 import pytest
 
+from rlrag.checkpoint import digest
 from rlrag.data.task import open_task
 from rlrag.mesh import make_mesh
-from rlrag.setup import build_architecture, build_engine, build_stages, check_sizes
+from rlrag.model.families import read_architecture
+from rlrag.setup import (
+    build_architecture,
+    build_engine,
+    build_stages,
+    check_sizes,
+    furnish,
+    load_policy,
+    resolved,
+)
+from tests.decoders import ADAPTER
 from tests.experiments import tiny
+from tests.golden_adapters import THEIRS
 
 
 @pytest.fixture(scope="module")
@@ -70,3 +85,25 @@ def test_too_few_pages_are_told(task):
     experiment.rollout.num_pages = 3
     with pytest.raises(ValueError, match=r"rollout.num_pages is 3 .* raise num_pages"):
         build_engine(experiment, task, build_architecture(experiment, task), make_mesh(), ["policy"])
+
+
+def test_adapters_of_no_model_are_told(tmp_path):
+    experiment = tiny()
+    experiment.model.adapters = replace(THEIRS, path=str(ADAPTER))
+    with pytest.raises(ValueError, match=r"adapters of a model that is not there: give --config\.model\.path=DIR"):
+        resolved(experiment, tmp_path)
+    experiment.warm_start = "runs/start"
+    assert resolved(experiment, tmp_path) == experiment
+
+
+def furnished_adapters():
+    """The bytes of a published model with adapters of peft, whatever the number of devices."""
+    folder, mesh = ADAPTER.with_name("qwen2"), make_mesh()
+    a = replace(read_architecture(folder), adapters=replace(THEIRS, path=str(ADAPTER)))
+    params = furnish(load_policy(folder, a, mesh), a, mesh, jax.random.key(0))
+    print(digest(params), len(jax.devices()))
+
+
+def test_adapters_are_laid_over_the_devices(run_on_devices):
+    one, two = (run_on_devices(furnished_adapters, devices).split() for devices in (1, 2))
+    assert one[0] == two[0] and (one[1], two[1]) == ("1", "2")

@@ -9,6 +9,7 @@ ROPE_SCALINGS = ("", "linear", "llama3")
 REMATS = ("", "all", "elementwise")
 TARGETS = ("query", "key", "value", "output", "gate", "up", "down")  # the matrices of a layer
 BASES = ("", "int8")
+NO_ADAPTER = "none"  # in place of an adapter's name: the base alone
 COUNTS = (
     "vocab_size", "num_layers", "embed_dim", "num_heads", "num_kv_heads", "head_dim", "mlp_dim", "scan_unroll",
 )  # fmt: skip
@@ -30,6 +31,7 @@ class Adapters:
     names: str = "policy"  # of the adapters, separated by commas; the first is that of a recipe with one role
     dropout: float = 0.0  # share of the inputs of an addition that is dropped while learning
     rows: int = 0  # newest rows of the vocabulary that learn as well; those that a published model lacks always do
+    path: str = ""  # folders of peft that they begin as, in the order of names, separated by commas; empty: new
 
     @property
     def listed(self) -> tuple[str, ...]:
@@ -64,9 +66,17 @@ class Adapters:
         for name in self.targets.split(","):
             if name not in TARGETS:
                 raise ValueError(f"adapters.targets has {name!r}: choose of {','.join(TARGETS)}")
-        names = self.names.split(",")
+        names, folders = self.names.split(","), self.path.split(",")
+        if self.path and not self.rank:
+            raise ValueError(
+                f"adapters.path is {self.path!r}, but adapters.rank 0: give the rank that is r in its config"
+            )
+        if len(folders) > len(names):
+            raise ValueError(f"adapters.path has {len(folders)} folders for {self.names}: give one for each at most")
         if not all(name.isidentifier() for name in names) or len(set(names)) < len(names):
             raise ValueError(f"adapters.names is {self.names!r}: give distinct names, as reasoner,verifier")
+        if NO_ADAPTER in names:
+            raise ValueError(f"adapters.names has {NO_ADAPTER!r}, which stands for the base alone: give another name")
 
 
 @dataclass(unsafe_hash=True)

@@ -105,6 +105,15 @@ STYLES = {
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
     ),
+    # Thinking is dropped from history, and forestalled on demand.
+    "qwen3": (
+        ("<|im_start|>", "<|im_end|>", "<think>", "</think>"), "<|im_end|>",
+        "{% for m in messages %}{% set said = m.content %}{% if m.role == 'assistant' %}"
+        "{% set said = m.content.split('</think>')[-1].lstrip('\n') %}{% endif %}"
+        "<|im_start|>{{ m.role }}\n{{ said }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n"
+        "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}",
+    ),
     "llama3": (
         ("<|begin|>", "<|head|>", "<|/head|>", "<|eot|>"), "<|eot|>",
         "<|begin|>{% for m in messages %}<|head|>{{ m.role }}<|/head|>\n\n{{ m.content | trim }}<|eot|>{% endfor %}"
@@ -144,6 +153,10 @@ def test_ids_are_those_of_transformers(style):
     assert tokenizer.decode(stream) == tokenizer.decode(rendered)
     if style != "mistral":  # whose template puts a space before an observation: see Template
         assert stream == rendered
+    if style in ("qwen2.5", "qwen3", "llama3"):  # the others have no place for a system message
+        with_system = chat_template(tokenizer, transformers_render(fast), system="Ada did.")
+        messages = [{"role": "system", "content": "Ada did."}, {"role": "user", "content": "Who?"}]
+        assert with_system.prompt("Who?") == fast.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
     # Where a template trims what is said, the prompt does too.
     spaced = [{"role": "user", "content": "  Who?\n"}]
     assert chat.prompt("  Who?\n") == fast.apply_chat_template(spaced, add_generation_prompt=True)["input_ids"]

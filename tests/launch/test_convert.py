@@ -27,6 +27,9 @@ def test_there_and_back(tmp_path, capsys):
         ([f"--from={FIXTURES}", "--to=/tmp"], "/tmp is there already"),
         ([f"--from={FIXTURES}", "--to=runs/new"], "there is no config.json in"),
         ([f"--from={FIXTURES}", "--to=runs/new", "--dtype=int8"], "dtype"),
+        ([f"--from={FIXTURES}", "--to=runs/new", "--adapter=one"], "is no run, which --adapter wants"),
+        ([f"--from={FIXTURES}", "--to=runs/new", "--peft"], "is no run, which --peft wants"),
+        ([f"--from={FIXTURES}", "--to=runs/new", "--base=runs/base"], "--base=runs/base is the model that an adapter"),
     ],
 )
 def test_mistakes_are_one_line(argv, message, capsys):

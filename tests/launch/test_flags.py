@@ -39,6 +39,16 @@ def test_a_part_may_have_a_field_that_stands_for_it(argument, expanded):
     assert with_main_field(argument) == expanded
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("ratio", "sequence"), ("aggregate", "constant"), ("kl_estimator", "k1"), ("reference", "base")],
+)
+def test_a_choice_of_texts_is_a_flag(field, value, monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    values = parse(["program", DEMO, f"--config.main.loss.{field}={value}", "--workdir=x"], define, REQUIRED)
+    assert getattr(values.config.main.loss, field) == value
+
+
 @pytest.fixture
 def told(monkeypatch, capsys):
     """The one line on stderr and the exit status of a command line, in this process."""

@@ -1,5 +1,6 @@
 """Logits of a decoder, whole and from its cache, in the form of tests/golden_decoders.py."""
 
+from collections.abc import Sequence
 from functools import partial
 
 import jax
@@ -12,12 +13,15 @@ from rlrag.model.transformer import extend, trunk
 from tests.decoders import CONTINUED, PROMPTS
 
 
-def padded_logits(params, a, tokens: np.ndarray) -> np.ndarray:
-    """Of prompts beside each other, padded on the right: [prompts, T, V], zeros in the padding."""
+def padded_logits(params, a, tokens: np.ndarray, coefficients: Sequence[float] | None = None) -> np.ndarray:
+    """Of prompts beside each other, padded on the right: [prompts, T, V], zeros in the padding. coefficients: of each
+    adapter; None: without them."""
     column = np.arange(tokens.shape[1])
     segment = (column < np.array(PROMPTS)[:, None]).astype(np.int32)
     parent = np.zeros((len(tokens), 2), np.int32)
-    hidden = jax.jit(trunk, static_argnums=1)(params, a, tokens * segment, segment * column, segment, parent)
+    voices = None if coefficients is None else np.tile(np.float32(coefficients), (len(tokens), 2, 1))
+    program = jax.jit(trunk, static_argnums=1)
+    hidden = program(params, a, tokens * segment, segment * column, segment, parent, voices)
     return np.asarray(hidden @ params.output_head.T) * segment[..., None]
 
 

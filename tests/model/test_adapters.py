@@ -174,6 +174,9 @@ def test_what_cannot_learn_is_named(a, trains, told):
         ({"dropout": 1.0}, r"adapters\.dropout is 1\.0"),
         ({"targets": "query,keys"}, r"adapters\.targets has 'keys': choose of query,key"),
         ({"names": "one,one"}, r"adapters\.names is 'one,one': give distinct names"),
+        ({"names": "none"}, r"adapters\.names has 'none', which stands for the base alone"),
+        ({"path": "x,y,z"}, r"adapters\.path has 3 folders for one,two: give one for each at most"),
+        ({"path": "x", "rank": 0}, r"adapters\.path is 'x', but adapters\.rank 0: give the rank"),
     ],
 )
 def test_wrong_adapters_are_named(change, told):
