@@ -47,13 +47,8 @@ def get_config(variant: str = "qwen2.5-0.5b") -> Experiment:
     sizes = VARIANTS[variant]
     data, model = sizes.mesh
     shape = {name: value for name, value in sizes._asdict().items() if name != "mesh"}
-    main = Stage(
-        questions=64,
-        group_size=8,
-        update=Update(
-            learning_rate=1e-6, row_tokens=TOKENS, micro_rows=data, max_micro=-(-512 // data), max_segments=16
-        ),
-    )
+    update = Update(learning_rate=1e-6, row_tokens=TOKENS, micro_rows=data, max_micro=-(-512 // data), max_segments=16)
+    main = Stage(questions=64, group_size=8, update=update)
     main.loss.kl = 1e-3
     return Experiment(
         name=f"scale:{variant}",
@@ -64,5 +59,6 @@ def get_config(variant: str = "qwen2.5-0.5b") -> Experiment:
         rollout=Rollout(
             num_slots=8 * data, max_episodes=512, page_size=16, burst=32, prefill_rows=2 * data, prefill_chunk=256,
         ),
+        warm_up=Stage(update=replace(update)),
         main=main,
     )  # fmt: skip

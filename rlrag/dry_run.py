@@ -37,6 +37,7 @@ from rlrag.setup import acting_models, build_architecture, build_spec, build_sta
 # Where memory is the host's: what a training adds to its process beside arrays, most of it the compiler's (measured on
 # x86-64 with toy models, tests/memory_check.py).
 PROCESS_BYTES = 320 * 2**20
+ROLLOUT = ("pack", "advance", "prefill", "decode")  # programs of sampling; advance is prefill and decode
 
 
 @dataclass(frozen=True)
@@ -83,8 +84,8 @@ class Account:
     beside: Mapping[str, int]
 
     def beside_program(self, name: str) -> int:
-        kinds = {"pack": ("decode weights",), "advance": ("decode weights",), "prepare": ("batch",)}
-        return sum(self.beside[kind] for kind in kinds.get(name, ("batch", "gradients")))
+        kinds = ("decode weights",) if name in ROLLOUT else ("batch",) if name == "prepare" else ("batch", "gradients")
+        return sum(self.beside[kind] for kind in kinds)
 
 
 @dataclass(frozen=True)
@@ -273,16 +274,16 @@ def lower_update(programs: Programs, stage: Stage, mesh: Mesh) -> dict[str, Any]
 
 
 def compile_all(
-    lowered: Mapping[str, Any], options: Mapping[str, Any] | None = None
+    lowered: Mapping[str, Any], options: Mapping[str, Any] | None = None, threads: int | None = None
 ) -> tuple[dict[str, Any], dict[str, float]]:
-    """The compiled programs, and seconds of each; they are compiled side by side. options: of the compiler."""
+    """The compiled programs, and seconds of each. options: of the compiler; threads: compilations side by side."""
 
     def one(program: Any) -> tuple[Any, float]:
         begin = time.perf_counter()
         return program.compile(compiler_options=options and dict(options)), time.perf_counter() - begin
 
-    with ThreadPoolExecutor() as threads:
-        done = dict(zip(lowered, threads.map(one, lowered.values()), strict=True))
+    with ThreadPoolExecutor(threads) as pool:
+        done = dict(zip(lowered, pool.map(one, lowered.values()), strict=True))
     return {name: program for name, (program, _) in done.items()}, {name: s for name, (_, s) in done.items()}
 
 
@@ -301,7 +302,7 @@ def describe(plans: list[Plan]) -> str:
         lines += ["", f"{each.stage}, parameters: {models}"]
         lines += [f"  {name:<16}{mebibytes(count)}" for name, count in each.parts.items() if count]
         largest = max(each.temporary, key=lambda name: each.temporary[name])
-        what = "decode weights and" if largest in ("pack", "advance") else "gradients, batch and"
+        what = "decode weights and" if largest in ROLLOUT else "gradients, batch and"
         told = f"({what} temporaries of {largest})"
         lines += [f"  {'activations':<16}{mebibytes(each.temporary[largest])}  {told}"]
         lines += [f"  {'peak a device':<16}{mebibytes(each.peak)}"]

@@ -104,9 +104,7 @@ def parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
         elif current is not None and (found := LINE.match(line)):
             name, type_, operation, rest = found.groups()
             operands, _, rest = rest.partition(")")
-            current.append(
-                Instruction(name, type_, operation, tuple(re.findall(r"%([\w.\-]+)", operands)), rest)
-            )
+            current.append(Instruction(name, type_, operation, tuple(re.findall(r"%([\w.\-]+)", operands)), rest))
     return computations, entry
 
 
@@ -125,8 +123,8 @@ def cost_of(each: Instruction, types: Mapping[str, str], mesh: Mapping[str, int]
         axes = axes_of(groups, mesh)
         return Cost(sent={(operation, axes): sent_bytes(operation, num_bytes(each.type), groups.shape[1])})
     if operation == "dot":
-        (_, left), = shapes(types[each.operands[0]])
-        (_, out), = shapes(each.type)
+        ((_, left),) = shapes(types[each.operands[0]])
+        ((_, out),) = shapes(each.type)
         contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", each.rest)
         summed = math.prod(left[int(dim)] for dim in contracted[1].split(",") if dim) if contracted else 1
         moved = num_bytes(each.type) + sum(num_bytes(types[operand]) for operand in each.operands)
@@ -166,32 +164,36 @@ def groups_of(each: Instruction) -> np.ndarray:
     lists = pairs or re.search(r"replica_groups=\{(\{.*?\})\}", each.rest)
     if lists:
         return np.array([[int(n) for n in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", lists[1])])
-    ranged = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", each.rest)
-    if ranged:
-        final, sizes = ([int(n) for n in ranged[i].split(",")] for i in (1, 2))
-        devices = np.arange(math.prod(sizes)).reshape(sizes)
-        if ranged[3]:
-            devices = devices.transpose([int(n) for n in ranged[3].split(",")])
-        return devices.reshape(final)
-    named = re.search(r"replica_groups=mesh\[(.*?)\]\s*\{(.*?)\}", each.rest)
+    spelled = re.search(r"replica_groups=(\[.*?\]<=\[[\d,]+\](?:T\([\d,]+\))?)", each.rest)
+    if spelled:
+        final, _, order = spelled[1].partition("<=")
+        return transposed(order).reshape([int(n) for n in final.strip("[]").split(",")])
+    named = re.search(r"replica_groups=mesh\[(.*?)\](?:, device_ids=\((.*?)\))?\s*\{(.*?)\}", each.rest)
     if named is None:
         raise ValueError(f"the groups of {each.name} are spelled in an unknown way: {each.rest[:100]}")
     sizes = {axis: int(size) for axis, size in re.findall(r"'([^']+)'=(\d+)", named[1])}
-    shape: list[tuple[int, bool]] = []
-    chosen = {axis: (before, size) for axis, before, size in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", named[2])}
+    chosen = {axis: part for axis, part in re.findall(r"'([^']+)'(?::(\(\d+\)\d+))?", named[3])}
+    shape: list[tuple[int, bool]] = []  # sizes, and whether the devices of a group differ there
     for axis, size in sizes.items():
-        before, part = (int(n or 0) for n in chosen.get(axis, ("", "")))
-        if axis not in chosen:
-            shape.append((size, False))
-        elif not part:
-            shape.append((size, True))
-        else:
+        if chosen.get(axis):
+            before, part = (int(n) for n in re.findall(r"\d+", chosen[axis]))
             shape += [(before, False), (part, True), (size // before // part, False)]
-    devices = np.arange(math.prod(sizes.values())).reshape([size for size, _ in shape])
-    inside = [place for place, (_, talks) in enumerate(shape) if talks]
-    outside = [place for place, (_, talks) in enumerate(shape) if not talks]
-    group = math.prod(shape[place][0] for place in inside)
-    return devices.transpose(outside + inside).reshape(-1, group)
+        else:
+            shape.append((size, axis in chosen))
+    devices = transposed(named[2] or f"[{math.prod(sizes.values())}]").reshape([size for size, _ in shape])
+    inside = [place for place, (_, differ) in enumerate(shape) if differ]
+    outside = [place for place, (_, differ) in enumerate(shape) if not differ]
+    return devices.transpose(outside + inside).reshape(-1, math.prod(shape[place][0] for place in inside))
+
+
+def transposed(order: str) -> np.ndarray:
+    """Devices in an order that is written [sizes]T(dims): a range laid out in those sizes and transposed; or listed."""
+    sizes = re.match(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", order.removeprefix("("))
+    if sizes is None:
+        return np.array([int(n) for n in re.findall(r"\d+", order)])
+    shape = [int(n) for n in sizes[1].split(",")]
+    devices = np.arange(math.prod(shape)).reshape(shape)
+    return devices.transpose([int(n) for n in sizes[2].split(",")]) if sizes[2] else devices
 
 
 def axes_of(groups: np.ndarray, mesh: Mapping[str, int]) -> tuple[str, ...]:
