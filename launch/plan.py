@@ -87,7 +87,9 @@ def load_of(values: flags.FlagValues, setting):
 
     half, settings = setting.task.workflow.max_tokens // 2, setting.stage.settings
     episodes = settings.questions * settings.group_size
-    return Load(episodes, values.sampled_tokens or half, values.observed_tokens or half)
+    load = Load(episodes, values.sampled_tokens or half, values.observed_tokens or half)
+    load.check(setting.task.workflow.max_tokens)
+    return load
 
 
 def show(values: flags.FlagValues, names: Sequence[str]) -> None:

@@ -17,9 +17,11 @@ import numpy as np
 
 from rlrag.config import Experiment
 from rlrag.devices import CPU, Device
-from rlrag.dry_run import Setting, open_settings
+from rlrag.dry_run import ROLLOUT, Setting, open_settings
 from rlrag.hlo import Cost, Told
 from rlrag.survey import Survey
+
+PHASES = ("rollout", "update")
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ class Timing:
 class Forecast:
     """Bytes a device and seconds a step."""
 
-    memory: Mapping[str, int]  # of the phase that needs most
+    memory: Mapping[str, int]  # parts
     temporary: Mapping[str, int]  # by program, with what stands beside it
     peak: int
     usable: int
@@ -104,7 +106,6 @@ def open_setting(experiment: Experiment, directory: Path) -> Iterator[Setting]:
 
 
 def forecast(found: Survey, setting: Setting, name: str, device: Device, load: Load, assumed: Assumed) -> Forecast:
-    load.check(setting.task.workflow.max_tokens)
     rows, slots = found.rows, found.slots
     # Of the host's memory all can be used: the process itself is among the parts.
     usable = int(device.memory_bytes.value * (1.0 if name == CPU else assumed.memory))
@@ -121,12 +122,13 @@ def forecast(found: Survey, setting: Setting, name: str, device: Device, load: L
 
 
 def parts(found: Survey, rows: int, slots: int) -> dict[str, int]:
-    """What the peak is made of; both phases' parts, of which only those of the larger one add up to it."""
+    """What stays, what stands beside the programs of a phase, and what the hungriest of each phase needs for itself.
+    Rollout and update take turns: only one phase's parts add up to the peak."""
     account = found.account(rows, slots)
     needed = {name: line.at(rows, slots) for name, line in found.needed.items()}
-    temporary = found.temporary(rows, slots)
-    most = max(temporary, key=lambda name: temporary[name])
-    return {**account.stays, **account.beside, f"activations of {most}": needed[most]}
+    phases = {phase: [name for name in needed if (name in ROLLOUT) == (phase == PHASES[0])] for phase in PHASES}
+    activations = {f"activations, {phase}": max(map(needed.__getitem__, names)) for phase, names in phases.items()}
+    return {**account.stays, **account.beside, **activations}
 
 
 def largest(fits: Callable[[int], bool], unit: int) -> int:

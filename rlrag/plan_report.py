@@ -16,9 +16,9 @@ from rlrag.survey import Survey
 
 GIB = 2**30
 COLUMNS = (
-    "shape", "device", "mesh", "weights", "reference", "optimizer", "gradients", "decode weights", "cache", "batch",
-    "activations", "peak", "left", "micro_rows", "num_slots", "PFLOP", "GB sent", "rollout s", "update s", "step s",
-    "tokens/s",
+    "shape", "device", "mesh", "weights", "reference", "optimizer", "cache", "decode weights", "rollout activations",
+    "gradients", "batch", "update activations", "peak", "left", "micro_rows", "num_slots", "PFLOP", "GB sent",
+    "rollout s", "update s", "step s", "tokens/s",
 )  # fmt: skip
 
 
@@ -49,6 +49,8 @@ def describe(found: Survey, name: str, device: Device, made: Forecast, load: Loa
         f"  largest update.micro_rows that fits {made.largest_rows:,} (configured {found.rows:,}); "
         f"rollout.num_slots {made.largest_slots:,} ({found.slots:,})"
     ]
+    if found.whole:
+        lines += [f"  not divided by the mesh, so whole on every device of an axis: {', '.join(found.whole)}"]
     if not made.timings:
         return "\n".join([*lines, f"  how fast {name} is, is not in the table: no time is predicted"])
     lines += ["", f"{'a device':<12}{'runs':>8}{'TFLOP':>10}{'GB moved':>10}{'GB sent':>9}{'seconds':>10}  bound by"]
@@ -97,10 +99,9 @@ UPDATE = ("prepare", "score", "accumulate", "apply")
 
 def row(case: Case) -> list[str]:
     made, memory = case.made, case.made.memory
-    (activations,) = (count for part, count in memory.items() if part.startswith("activations"))
     counts = (
-        memory["weights"], memory["references"], memory["optimizer"], memory["gradients"], memory["decode weights"],
-        memory["cache"], memory["batch"], activations, made.peak,
+        memory["weights"], memory["references"], memory["optimizer"], memory["cache"], memory["decode weights"],
+        memory["activations, rollout"], memory["gradients"], memory["batch"], memory["activations, update"], made.peak,
     )  # fmt: skip
     left = gibibytes(made.usable - made.peak)
     update = sum(each.seconds for name, each in made.timings.items() if name in UPDATE)
@@ -125,7 +126,9 @@ def table(cases: Sequence[Case], devices: dict[str, Device], load: Load, assumed
         "",
         f"Predicted, not measured: {datetime.date.today()}, JAX {jax.__version__}, `{command()}`, {seconds:,.0f} s on "
         "this machine's CPU.",
-        "GiB, PFLOP, GB sent and tokens/s are a device's; PFLOP, GB and seconds a training step's. `left` is of the "
+        "GiB, PFLOP, GB sent and tokens/s are a device's; PFLOP, GB and seconds a training step's. Decode weights and "
+        "their activations are the rollout's; gradients, batch and theirs the update's; all else is there in both: the "
+        "peak is the larger of the two. `left` is of the "
         "memory that may be filled, **bold** where the plan does not fit; `micro_rows` and `num_slots` are the largest "
         "that fit, the other as configured, 0 where none does. Mesh: data x model.",
         "",

@@ -72,6 +72,7 @@ class Survey:
     needed: Mapping[str, Line]  # by program, for itself
     costs: Mapping[str, Cost]
     passes: int  # scoring passes over each micro-batch
+    whole: tuple[str, ...]  # what an axis of the mesh does not divide, and so lies whole on its devices
     compilations: int
 
     def account(self, rows: int, slots: int) -> Account:
@@ -107,6 +108,7 @@ def survey(setting: Setting, native: bool) -> Survey:
             parameters={name: num_parameters(own) for name, own in programs.architectures.items()},
             mesh=dict(mesh.shape), rows=rows, slots=slots, shards=row_shards(mesh), stays=stays, beside=beside,
             needed=needed, costs=costs, passes=passes(setting, update["prepare"].counted),
+            whole=undivided(setting.a, mesh),
             compilations=compiler.compilations,
         )  # fmt: skip
 
@@ -132,6 +134,14 @@ def row_shards(mesh: Any) -> int:
     """Over how many devices rows are cut."""
     many = mesh.devices.size
     return many // NamedSharding(mesh, partition(("rows",))).shard_shape((many,))[0]
+
+
+def undivided(a: Architecture, mesh: Any) -> tuple[str, ...]:
+    sizes = {"heads": a.num_heads, "kv_heads": a.num_kv_heads, "mlp": a.mlp_dim, "vocab": a.vocab_size}
+    sizes["embed"] = a.embed_dim
+    return tuple(
+        f"{name} {size}" for name, size in sizes.items() if partition((name,)) != partition((name,), (size,), mesh)
+    )
 
 
 def accounts(setting: Setting, more_rows: Setting, more_slots: Setting, native: bool) -> tuple[dict, dict]:
