@@ -26,11 +26,15 @@ def experiment(layers: int = 6, dtype: str = "bfloat16", remat=True):
 
 
 def test_lines_meet_programs_as_large_as_they_are(tmp_path):
-    """Five layers extrapolated from two and three; rows and slots from one and two sizes, tried at a third."""
-    with open_setting(experiment(layers=5), tmp_path) as setting:
+    """Five layers extrapolated from two and three; rows and slots from one and two sizes, tried at another. With few
+    slots prefill needs most of the round, with many decoding."""
+    shape = experiment(layers=5)
+    shape.rollout.prefill_rows = 32
+    with open_setting(shape, tmp_path) as setting:
         found = survey(setting, native=False)
-        large = replace(setting, a=halved(setting.a)).resized(rows=3 * found.rows, slots=3 * found.slots)
-        exact, line = account(large), found.account(3 * found.rows, 3 * found.slots)
+        many = 10 * found.slots
+        large = replace(setting, a=halved(setting.a)).resized(rows=3 * found.rows, slots=many)
+        exact, line = account(large), found.account(3 * found.rows, many)
         compiler = Compiler(False, found.mesh)
         update = compiler.update(large, apply=False)
         same = compiler.compile(lower_rollout(large.resized(slots=found.slots)))
@@ -44,8 +48,11 @@ def test_lines_meet_programs_as_large_as_they_are(tmp_path):
     assert found.costs["decode"].flops == decode.flops > 0
     assert found.costs["decode"].traffic == pytest.approx(decode.traffic, rel=1e-6)
     assert found.costs["pack"].traffic == same["pack"].passed
-    needed = max(found.needed[name].at(0, 3 * found.slots) for name in ("prefill", "decode"))
-    assert needed == pytest.approx(wide.memory_analysis().temp_size_in_bytes, rel=0.1)
+    few, most = ({name: found.needed[name].at(0, n) for name in ("prefill", "decode")} for n in (found.slots, many))
+    assert few["prefill"] > few["decode"]
+    assert few["prefill"] == pytest.approx(same["advance"].needed, rel=0.1)
+    assert most["decode"] > most["prefill"]
+    assert most["decode"] == pytest.approx(wide.memory_analysis().temp_size_in_bytes, rel=0.1)
     assert found.passes == 1, "the reference scores; the policy's own numbers are the sampler's"
     assert log_prob.CHUNK_BYTES, "as before the survey"
 
