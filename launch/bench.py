@@ -148,8 +148,8 @@ def build(f: flags.FlagValues, capacity: int, retriever_of):
     from rlrag.agents.workflow import Role
     from rlrag.mesh import make_mesh
     from rlrag.model.architecture import Architecture
+    from rlrag.model.decoding import pack
     from rlrag.model.parameters import initialize
-    from rlrag.model.transformer import pack
     from rlrag.rollout.advance import Spec
     from rlrag.rollout.decoder import Decoder
     from rlrag.rollout.engine import Engine, Play

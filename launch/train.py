@@ -1,7 +1,8 @@
 """Train: python -m launch.train --config=configs/search_grpo.py:demo --workdir=runs/demo
 
 The same command goes on from the newest checkpoint in the workdir; --config.FIELD=VALUE changes a field, as in
---config.seed=1 --config.steps=100 (rlrag/config.py lists them). --compile_only checks and compiles everything, and says
+--config.seed=1 --config.steps=100 (rlrag/config.py lists them). Run it on every host of a pod, and they train together
+(launch/processes.py). --compile_only checks and compiles everything, and says
 what it will take.
 """
 
@@ -10,11 +11,13 @@ from pathlib import Path
 
 from absl import flags
 
+from launch import processes
 from launch.flags import define_config, run
 
 
 def define_flags(values: flags.FlagValues, argv: Sequence[str]) -> None:
     define_config(values, argv)
+    processes.define_flags(values)
     flags.DEFINE_string(
         "workdir", None, "Directory of the run: metrics, curve, result, checkpoints.", flag_values=values
     )
@@ -32,9 +35,10 @@ def main(values: flags.FlagValues) -> None:
 
         print(describe(dry_run(values.config, Path(values.workdir))))
         return
-    from rlrag.train import train
+    with processes.joined(values):
+        from rlrag.train import train
 
-    train(values.config, Path(values.workdir))
+        train(values.config, Path(values.workdir))
 
 
 if __name__ == "__main__":

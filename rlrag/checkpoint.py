@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.sharding import NamedSharding, PartitionSpec
 
 PARAMETERS = "parameters"  # in the folder of a model that launch.convert wrote
 
@@ -120,10 +121,21 @@ def digest(params: Any) -> str:
     """SHA-256 of every parameter's name, dtype, shape and bytes."""
     total = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        value = np.asarray(jax.device_get(leaf))
-        total.update(f"{jax.tree_util.keystr(path)} {value.dtype} {value.shape}\n".encode())
-        total.update(value.tobytes())
+        total.update(f"{jax.tree_util.keystr(path)} {leaf.dtype} {leaf.shape}\n".encode())
+        for value in [leaf] if getattr(leaf, "is_fully_addressable", True) else whole_parts(leaf):
+            total.update(np.asarray(jax.device_get(value)).tobytes())
     return total.hexdigest()
+
+
+def whole_parts(leaf: jax.Array) -> Iterator[jax.Array]:
+    """An array of several processes piece by piece, each whole on every device: a layer at a time fits."""
+    assert isinstance(leaf.sharding, NamedSharding)
+    whole = jax.jit(
+        lambda x, number: x[number] if x.ndim > 2 else x,
+        out_shardings=NamedSharding(leaf.sharding.mesh, PartitionSpec()),
+    )
+    for number in range(leaf.shape[0] if leaf.ndim > 2 else 1):
+        yield whole(leaf, number)
 
 
 def load_config(directory: Path) -> dict[str, Any]:

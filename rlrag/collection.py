@@ -5,13 +5,14 @@ their step, or, one step off-policy, played while the step before is learned fro
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import numpy as np
 
-from rlrag.model.transformer import DecodeWeights
+from rlrag import processes
+from rlrag.model.decoding import DecodeWeights
 from rlrag.recipes.recipe import Stage
 from rlrag.records import from_record, to_record
 from rlrag.rewards.paid import Paid
@@ -23,7 +24,7 @@ READ_AHEAD = 4  # batches of demonstrations made while the device works
 
 @dataclass
 class Collected:
-    """The episodes of one step: all that were played, and which of them are learned from."""
+    """The episodes of one step that this process made: all that were played, and which of them are learned from."""
 
     step: int
     version: int  # of the policy that played: how many steps it had learned
@@ -90,17 +91,17 @@ class Collector:
 
     def meta(self) -> dict[str, Any]:
         """The finished episodes of a rollout made ahead (waits for them): a resume learns from the same. Demonstrations
-        are made again."""
+        are made again. Of all processes, whose number may be another when the run goes on."""
         if self.stage.demonstrate or not self._ahead:
             return {"ahead": None}
         (future,) = self._ahead
-        return {"ahead": to_record(future.result())}
+        return {"ahead": processes.gather("ahead", to_record(future.result()))}
 
     def restore(self, cursor: Any, ahead: Any) -> None:
         """Go on behind a saved cursor, or behind the episodes that were made ahead."""
         self.batches.set_state(cursor)
         if ahead is not None:
-            collected: Collected = from_record(ahead, Collected)
+            collected = regrouped([from_record(record, Collected) for record in ahead])
             assert collected.step == self._next
             self._next += 1
             self.batches.set_state(collected.cursor)
@@ -114,23 +115,42 @@ class Collector:
         recipe, settings = self.stage.recipe, self.stage.settings
         demonstrate = self.stage.demonstrate
         if demonstrate is not None:
-            groups = [Group(example, [demonstrate(example, step)]) for example in next(self.batches)]
+            examples = processes.share(next(self.batches))
+            groups = [Group(example, [demonstrate(example, step)]) for example in examples]
             paid = [recipe.reward(group) for group in groups]
             return Collected(step, step, groups, paid, [True] * len(groups), self.batches.get_state(), {})
         play = Play(recipe.workflow, recipe.roles, "train", settings.group_size, version, recipe.tools)
-        groups, paid, good, usages = [], [], [], []
+        groups, paid, usages = [], [], []
+        good: list[bool] = []  # of all processes
+        mine: list[int] = []  # which of them are this one's
         for draw in range(max(settings.dynamic_sampling, 1)):
             root = jax.random.fold_in(self.root, step)
             root = jax.random.fold_in(root, draw) if draw else root
-            new = list(self.engine.run(weights, next(self.batches), play, root))
+            new = list(self.engine.run(weights, processes.share(next(self.batches)), play, root))
             usages.append(self.engine.usage.metrics())
             payments = [recipe.reward(group) for group in new]
             groups, paid = groups + new, paid + payments
-            good += [self.stage.accept is None or self.stage.accept(*pair) for pair in zip(new, payments, strict=True)]
+            accept = self.stage.accept or (lambda *_: True)
+            told = processes.gather("accepted", [accept(*pair) for pair in zip(new, payments, strict=True)])
+            start = len(good) + processes.before([len(each) for each in told])
+            mine += range(start, start + len(new))
+            good += [each for flags in told for each in flags]
             if sum(good) >= settings.questions:
                 break
-        accept = first_accepted(good, settings.questions)
-        return Collected(step, version, groups, paid, accept, self.batches.get_state(), merged(usages))
+        chosen = first_accepted(good, settings.questions)
+        accepted = [chosen[number] for number in mine]
+        return Collected(step, version, groups, paid, accepted, self.batches.get_state(), merged(usages))
+
+
+def regrouped(parts: Sequence[Collected]) -> Collected:
+    """Of what each process had made this one's part: the same where there are as many processes as there were."""
+    if len(parts) == processes.count():
+        return parts[processes.index()]
+    groups, paid, accept = (
+        processes.share([item for part in parts for item in getattr(part, name)])
+        for name in ("groups", "paid", "accept")
+    )
+    return replace(parts[0], groups=groups, paid=paid, accept=accept)
 
 
 def first_accepted(good: Sequence[bool], count: int) -> list[bool]:
@@ -140,16 +160,27 @@ def first_accepted(good: Sequence[bool], count: int) -> list[bool]:
     return [index in chosen for index in range(len(good))]
 
 
+RATES = ("tokens_per_s", "lane_occupancy", "burst_waste", "search_wait_s", "searches_per_batch")
+RATES += ("retriever/latency_p50_s", "retriever/latency_p99_s", "retriever/servers_down")
+
+
+def together(usages: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Of the rollouts that several processes made at the same time: counts and tokens a second are added, the rest is
+    averaged."""
+    averaged = {name for name in usages[0] if name.endswith("_s") or name in RATES} - {"tokens_per_s"}
+    return {
+        name: float((np.mean if name in averaged else np.sum)([usage[name] for usage in usages])) for name in usages[0]
+    }
+
+
 def merged(usages: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """Of several rollouts one: counts and seconds are added, rates averaged by tokens."""
     if len(usages) == 1:
         return dict(usages[0])
-    rates = ("tokens_per_s", "lane_occupancy", "burst_waste", "search_wait_s", "searches_per_batch")
-    rates += ("retriever/latency_p50_s", "retriever/latency_p99_s", "retriever/servers_down")
     tokens = np.array([max(usage["tokens"], 1) for usage in usages])
     return {
         name: float(np.average([usage[name] for usage in usages], weights=tokens))
-        if name in rates
+        if name in RATES
         else float(sum(usage[name] for usage in usages))
         for name in usages[0]
     }

@@ -29,6 +29,7 @@ class Mesh:
 
     data: int = -1  # -1: every device that `model` leaves
     model: int = 1
+    replica: int = 1  # slices that hold the same parameters; only gradients travel between them
 
 
 @dataclass
@@ -277,7 +278,7 @@ AT_LEAST_1 = {
     Loss: "kl_horizon importance_cap",
     Reward: "overlong_tokens",
     Watch: "patience",
-    Mesh: "data model",
+    Mesh: "data model replica",
     Retriever: "depth",
 }
 AT_MOST_1 = {Sampling: "top_p", Optimizer: "b1 b2 final_fraction", Credit: "gamma lam", Loss: "clip_low"}

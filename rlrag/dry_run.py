@@ -21,10 +21,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rlrag import config, workdir
 from rlrag.data.task import Task, open_task, served
 from rlrag.learner import Programs
-from rlrag.mesh import DATA, make_mesh
+from rlrag.mesh import DATA, MODEL, local_mesh, rows_sharding
 from rlrag.model.architecture import Architecture
+from rlrag.model.decoding import abstract_weights, pack, parts
 from rlrag.model.parameters import abstract, num_parameters, shardings
-from rlrag.model.transformer import pack
 from rlrag.objectives.update import TrainState, Update
 from rlrag.packing import empty_batch
 from rlrag.recipes.recipe import Stage
@@ -32,7 +32,7 @@ from rlrag.retrieval.service import open_remote
 from rlrag.rollout import cache as kv
 from rlrag.rollout.advance import Spec, build_advance
 from rlrag.rollout.decoder import check, empty_inbox
-from rlrag.setup import acting_models, build_architecture, build_spec, build_stages, check_sizes, resolved
+from rlrag.setup import acting_models, build_architecture, build_spec, build_stages, check_sizes, open_mesh, resolved
 
 # Where memory is the host's: what a training adds to its process beside arrays, most of it the compiler's (measured on
 # x86-64 with toy models, tests/memory_check.py).
@@ -131,13 +131,13 @@ def open_settings(
     experiment = resolved(experiment, directory)
     if experiment.warm_start:
         workdir.finished(experiment)
-    mesh = make_mesh(**vars(experiment.mesh), devices=devices)
+    mesh = open_mesh(experiment.mesh, devices)
     with jax.set_mesh(mesh), open_remote(experiment.retriever, served(experiment), directory) as remote:
         task = open_task(experiment, directory, remote)
         stages = build_stages(experiment, task)
         check_sizes(task, stages, mesh)
         spec = build_spec(experiment, task)
-        check(spec, mesh.shape[DATA])
+        check(spec, local_mesh(mesh).shape[DATA])
         a = build_architecture(experiment, task)
         yield [Setting(experiment, task, stages, stage, a, spec, mesh) for stage in stages if stage.steps]
 
@@ -168,12 +168,12 @@ def account(setting: Setting) -> Account:
             "weights": sum(map(size, params.values())),
             "references": sum(size(own[name]) for name in programs.refers),
             "optimizer": sum(size(state.opt_state) for state in states.values()),
-            "cache": size(abstract_cache(setting.a, setting.spec, mesh)) * acting,
+            "cache": size(abstract_cache(setting.a, setting.spec, local_mesh(mesh))) * acting,
             # Counted only where memory is the host's.
             "process": PROCESS_BYTES if jax.default_backend() == "cpu" else 0,
         },
         beside={
-            "decode weights": size(decode_weights(setting.a, mesh)) * acting,
+            "decode weights": size(abstract_weights(setting.a, local_mesh(mesh))) * acting,
             "batch": size(batch) * len(set(programs.reads.values())),
             "gradients": max((size(gradients_of(update)) for update in programs.updates.values()), default=0),
         },
@@ -208,18 +208,14 @@ def gradients_of(update: Update) -> Any:
 
 
 def abstract_batch(programs: Programs, stage: Stage, mesh: Mesh) -> Any:
-    rows = NamedSharding(mesh, PartitionSpec(None, DATA))
-    return placed(empty_batch(programs.shape(stage.settings.update.max_micro)), rows)
-
-
-def decode_weights(a: Architecture, mesh: Mesh) -> Any:
-    weights = jax.eval_shape(lambda params: pack(params, a), abstract(a, mesh))
-    return placed(weights, NamedSharding(mesh, PartitionSpec()))
+    return placed(empty_batch(programs.shape(stage.settings.update.max_micro)), rows_sharding(mesh))
 
 
 def abstract_cache(a: Architecture, spec: Spec, mesh: Mesh) -> Any:
-    cache = jax.eval_shape(lambda: kv.empty(a, spec.num_pages, spec.page_size))
-    return placed(cache, NamedSharding(mesh, PartitionSpec(None, DATA)))
+    """mesh: of one process."""
+    cut = parts(a, mesh.shape[MODEL])
+    cache = jax.eval_shape(lambda: kv.empty(a, spec.num_pages, spec.page_size, cut.num_kv_heads(a)))
+    return placed(cache, NamedSharding(mesh, PartitionSpec(MODEL if cut.heads > 1 else None, DATA)))
 
 
 # -- lowering and compiling -------------------------------------------------------------------------------------------
@@ -231,10 +227,11 @@ def lower(setting: Setting) -> dict[str, Any]:
 
 
 def lower_rollout(setting: Setting) -> dict[str, Any]:
-    a, spec, mesh = setting.a, setting.spec, setting.mesh
-    weights, cache = decode_weights(a, mesh), abstract_cache(a, spec, mesh)
+    a, spec, mesh, here = setting.a, setting.spec, setting.mesh, local_mesh(setting.mesh)
+    cut, where = parts(a, mesh.shape[MODEL]), jax.tree.map(lambda leaf: leaf.sharding, abstract_weights(a, mesh))
+    weights, cache = abstract_weights(a, here), abstract_cache(a, spec, here)
     return {
-        "pack": jax.jit(lambda params: pack(params, a)).lower(abstract(a, mesh)),
+        "pack": jax.jit(lambda params: pack(params, a, cut), out_shardings=where).lower(abstract(a, mesh)),
         "advance": lower_advance(setting.experiment, setting.task, a, spec, mesh, weights, cache),
     }
 
@@ -242,9 +239,11 @@ def lower_rollout(setting: Setting) -> dict[str, Any]:
 def lower_advance(experiment, task: Task, a: Architecture, spec: Spec, mesh: Mesh, weights, cache):
     states = experiment.rollout.max_stop_states
     stops, accepting = np.zeros((states, a.vocab_size), np.int16), np.zeros(states, bool)
+    mesh = local_mesh(mesh)
     advance = build_advance(spec, a, task.tokenizer.end_id, mesh)
     inbox = empty_inbox(spec, mesh.shape[DATA], len(a.adapters.listed))
-    return advance.lower(weights, cache, inbox, stops, accepting, jax.random.key(0))
+    with jax.set_mesh(mesh):
+        return advance.lower(weights, cache, inbox, stops, accepting, jax.random.key(0))
 
 
 def lower_update(programs: Programs, stage: Stage, mesh: Mesh) -> dict[str, Any]:

@@ -9,21 +9,20 @@ from typing import Any
 import jax
 import numpy as np
 
-from rlrag import config
+from rlrag import config, processes
 from rlrag.agents.workflow import Script, drive
 from rlrag.checkpoint import Checkpoints, load_config
 from rlrag.console import LINE_EVERY_S, Bar, bar, say
 from rlrag.data.task import Task, open_source, open_task, served
-from rlrag.mesh import make_mesh
+from rlrag.model.decoding import DecodeWeights, build_pack
 from rlrag.model.parameters import initialize, shardings
-from rlrag.model.transformer import DecodeWeights, pack
 from rlrag.recipes.recipe import Recipe
 from rlrag.retrieval.index import Index
 from rlrag.retrieval.service import open_remote
 from rlrag.rewards.answer import exact_match, f1
 from rlrag.rewards.paid import Paid
 from rlrag.rollout.engine import Engine, Play
-from rlrag.setup import acting_models, build_architecture, build_engine, build_stages
+from rlrag.setup import acting_models, build_architecture, build_engine, build_stages, open_mesh
 from rlrag.trajectory import Example, Group, SearchUnavailable, Trajectory
 
 CONFIDENCE = 0.95
@@ -40,17 +39,19 @@ def evaluate(
     seed: int = 0,
     progress: Callable[[dict[str, Any], Group], None] = lambda row, group: None,
 ) -> list[dict[str, Any]]:
-    """One evaluation-mode episode of each example; rows as `row` makes them, in example order, each shown to
-    `progress`, with the recall of their searches (`search_recall`)."""
+    """One evaluation-mode episode of each example; rows as `row` makes them, in example order, with the recall of their
+    searches (`search_recall`). Each process plays its share, shows it to `progress` row by row, and has all rows at the
+    end."""
     play = Play(recipe.workflow, recipe.roles, mode="evaluate", tools=recipe.tools)
     rows, trajectories = [], []
-    for group in engine.run(weights, examples, play, jax.random.key(seed)):
+    for group in engine.run(weights, processes.share(examples), play, jax.random.key(seed)):
         trajectories.append(group.trajectories[0])
         (paid,) = recipe.reward(group)
         rows.append(row(group.trajectories[0]) | {"reward": total_reward(paid)})
         progress(rows[-1], group)
     assert engine.searcher is not None
-    return [r | found for r, found in zip(rows, search_recall(trajectories, engine.searcher), strict=True)]
+    rows = [r | found for r, found in zip(rows, search_recall(trajectories, engine.searcher), strict=True)]
+    return [each for part in processes.gather("evaluation", rows) for each in part]
 
 
 def evaluate_checkpoint(workdir: Path, data: str, format: str | None = None) -> list[dict[str, Any]]:
@@ -65,13 +66,13 @@ def evaluate_checkpoint(workdir: Path, data: str, format: str | None = None) -> 
     step = checkpoints.latest() if checkpoints else None
     if checkpoints is None or step is None:
         raise ValueError(f"{workdir} holds no checkpoint yet: let the training reach its first one")
-    mesh = make_mesh(experiment.mesh.data, experiment.mesh.model)
+    mesh = open_mesh(experiment.mesh)
     with jax.set_mesh(mesh), open_remote(experiment.retriever, served(experiment), None) as remote:
         task, examples = open_evaluation(experiment, workdir, data, format, remote)
         a = build_architecture(experiment, task)
         like = jax.jit(lambda: initialize(a, jax.random.key(0)), out_shardings=shardings(a, mesh))()
         stages = build_stages(experiment, task)
-        recipe, pack_weights = stages[-1].recipe, jax.jit(lambda params: pack(params, a))
+        recipe, pack_weights = stages[-1].recipe, build_pack(a, mesh)
         models = acting_models(stages[-1:])
         weights = {model: pack_weights(checkpoints.restore_params(step, like, model)) for model in models}
         checkpoints.close()
@@ -244,12 +245,6 @@ def interval(values: np.ndarray) -> list[float]:
 def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     with path.open("w") as file:
         file.writelines(json.dumps(r, ensure_ascii=False) + "\n" for r in rows)
-
-
-def mean_reward(groups: Sequence[Group], paid) -> float:
-    """Mean of the summed rewards of an episode's first call."""
-    totals = [total_reward(p) for group in paid for p in group]
-    return float(np.mean(totals)) if totals else 0.0
 
 
 def total_reward(paid: Paid) -> float:

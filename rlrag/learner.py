@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from rlrag import config
+from rlrag import config, processes
 from rlrag.collection import Collected
 from rlrag.console import say
-from rlrag.evaluate import mean_reward
+from rlrag.evaluate import total_reward
+from rlrag.mesh import own_rows
 from rlrag.metrics import Metrics, merge, numbers
 from rlrag.model.adapters import silent
 from rlrag.model.architecture import Architecture
@@ -48,7 +49,9 @@ class Programs:
         }
         questions, episodes = stage.settings.questions, stage.settings.questions * stage.settings.group_size
         objectives = {name: learn.objective for name, learn in recipe.learn.items()}
-        self.prepare = build_prepare(self.architectures, objectives, self.reads, recipe.credit, questions, episodes)
+        self.prepare = build_prepare(
+            self.architectures, objectives, self.reads, recipe.credit, questions, episodes, mesh
+        )
 
     def shape(self, max_micro: int) -> Shape:
         """Of a packed batch."""
@@ -57,6 +60,11 @@ class Programs:
             update.micro_rows, update.row_tokens, update.max_segments, max_micro, self.num_kept,
             len(self.stage.recipe.rewards), self.num_adapters,
         )  # fmt: skip
+
+    def own_shape(self, max_micro: int) -> Shape:
+        """Of the rows of this process."""
+        whole = self.shape(max_micro)
+        return replace(whole, rows=whole.rows // processes.count())
 
 
 class Learner:
@@ -100,27 +108,30 @@ class Learner:
     def learn(self, collected: Collected, step: int) -> Learned:
         """One batch: an optimizer step a minibatch. step: number of the batch, which seeds the order of minibatches."""
         groups, paid = collected.accepted()
-        packed = self.pack(groups, paid)
+        packed, micros = self.pack(groups, paid)
         batches = {name: next(iter(self.programs.updates.values())).put(one.batch) for name, one in packed.items()}
-        num_micro = {name: np.int32(one.num_micro) for name, one in packed.items()}
+        num_micro = {name: np.int32(number) for name, number in micros.items()}
         coefficients = {name: np.float32(value) for name, value in self.coefficients.items()}
         params = {name: state.params for name, state in self.states.items()}
         prepared = self.programs.prepare(params, self.references, batches, num_micro, coefficients)
         values = {}
         for name, update in self.programs.updates.items():
-            batch, micros = prepared.batches[self.programs.reads[name]], packed[self.programs.reads[name]].num_micro
-            own = self._steps(name, update, batch, prepared.counts[name], micros, coefficients, step)
+            read = self.programs.reads[name]
+            own = self._steps(
+                name, update, prepared.batches[read], prepared.counts[name], micros[read], coefficients, step
+            )
             prefix = "" if name == POLICY or len(self.programs.updates) == 1 else f"{name}/"
             values |= {prefix + key: value for key, value in own.items()}
         values |= numbers(jax.device_get(prepared.metrics), {})
-        values |= describe(collected, next(iter(packed.values())))
+        values["micro_batches"] = max(micros.values())
+        values |= averaged(processes.gather("episodes", describe(collected, next(iter(packed.values())))))
         values |= {f"coefficient/{name}": value for name, value in self.coefficients.items()}
-        played = sum(len(group.trajectories) for group in groups)
+        played = int(values.pop("episodes"))
         for name, coefficient in self.stage.recipe.coefficients.items():
             self.coefficients[name] = coefficient.following(self.coefficients[name], values, played)
         advantages = {}
         for name, one in packed.items():
-            advantages |= unpack(np.asarray(prepared.batches[name].weight), one.places)
+            advantages |= unpack(own_rows(prepared.batches[name].weight), one.places)
         return Learned(values, advantages)
 
     def _steps(self, name: str, update: Update, batch, counts, num_micro: int, coefficients, step: int):
@@ -142,25 +153,31 @@ class Learner:
         values["skipped"] = float(np.sum([r.skipped for r in reports]))
         return with_spread(values)
 
-    def pack(self, groups: Sequence[Group], paid: Sequence[Sequence[Paid]]) -> dict[str, Packed]:
-        """Rows of the batch of every model that is learned from. Where they are too few there are twice as many from
-        then on, and that is said: every program is compiled once more."""
-        recipe = self.stage.recipe
+    def pack(self, groups: Sequence[Group], paid: Sequence[Sequence[Paid]]) -> tuple[dict[str, Packed], dict[str, int]]:
+        """This process's rows of the batch of every model that is learned from, and how many micro-batches all have.
+        Where they are too few there are twice as many from then on, and that is said: every program is compiled once
+        more."""
+        recipe, models = self.stage.recipe, list(dict.fromkeys(self.programs.reads.values()))
+        counts = processes.gather("groups", [len(groups), sum(len(group.trajectories) for group in groups)])
+        first = processes.before([own[0] for own in counts]), processes.before([own[1] for own in counts])
         while True:
-            shape = self.programs.shape(self.max_micro)
+            shape, packed, full = self.programs.own_shape(self.max_micro), {}, ""
             try:
-                return {
-                    model: pack_rows(
-                        groups, paid, self._roles_of(model), recipe.rewards, shape, self._adapters_of(model)
+                for model in models:
+                    packed[model] = pack_rows(
+                        groups, paid, self._roles_of(model), recipe.rewards, shape, self._adapters_of(model), first
                     )
-                    for model in dict.fromkeys(self.programs.reads.values())
-                }
-            except RowsExhausted as full:
-                self.max_micro *= 2
-                say(
-                    f"{full}: room for {self.max_micro} from here on (one compilation more; "
-                    f"--config.{self.stage.name}.update.max_micro={self.max_micro} has it from the start)"
-                )
+            except RowsExhausted as error:
+                full = str(error)
+            told = processes.gather("rows", [full, *(one.num_micro for one in packed.values())])
+            full = max(own[0] for own in told)
+            if not full:
+                return packed, {model: max(own[number] for own in told) for number, model in enumerate(models, 1)}
+            self.max_micro *= 2
+            say(
+                f"{full}: room for {self.max_micro} from here on (one compilation more; "
+                f"--config.{self.stage.name}.update.max_micro={self.max_micro} has it from the start)"
+            )
 
     def _roles_of(self, model: str) -> dict[str, int]:
         return {name: self.roles[name] for name, role in self.stage.recipe.roles.items() if role.model == model}
@@ -258,26 +275,43 @@ def with_spread(values: dict[str, float]) -> dict[str, float]:
     return values
 
 
-def describe(collected: Collected, packed: Packed) -> dict[str, float]:
-    """What the episodes of a batch were like: of all that were played, learned from or not."""
+def describe(collected: Collected, packed: Packed) -> dict[str, tuple[float, float]]:
+    """What the episodes of a batch were like, of all that were played, learned from or not: sums by name and what they
+    are over; a count of 0 means that the sum itself is told."""
     trajectories = [t for group in collected.groups for t in group.trajectories]
     payments = [payment for group in collected.paid for payment in group]
+
+    def mean(values: Sequence[float]) -> tuple[float, float]:
+        return float(np.sum(values)), float(len(values))
+
     values = {
-        "reward": mean_reward(collected.groups, collected.paid),
-        "fill": packed.fill,
-        "micro_batches": packed.num_micro,
-        "trained_tokens": int((packed.batch.act > 0).sum()),
-        "left_out": packed.left_out,
-        "staleness": float(collected.step - collected.version),
-        "accepted_groups": float(np.mean(collected.accept)),
-        "searches": float(np.mean([t.num_searches for t in trajectories])),
-        "truncated": float(np.mean([t.status == TRUNCATED for t in trajectories])),
+        "reward": mean([total_reward(payment) for payment in payments]),
+        "fill": (packed.fill, 1.0),
+        "trained_tokens": (float((packed.batch.act > 0).sum()), 0.0),
+        "left_out": (float(packed.left_out), 0.0),
+        "episodes": (float(packed.num_episodes), 0.0),
+        "staleness": (float(collected.step - collected.version), 1.0),
+        "accepted_groups": mean(collected.accept),
+        "searches": mean([t.num_searches for t in trajectories]),
+        "truncated": mean([t.status == TRUNCATED for t in trajectories]),
     }
     turns = sum(t.outcome.fields.get("turns", 0) for t in trajectories)
     if turns:
-        values["legal"] = 1 - sum(t.outcome.fields.get("invalid_turns", 0) for t in trajectories) / turns
+        invalid = sum(t.outcome.fields.get("invalid_turns", 0) for t in trajectories)
+        values["legal"] = float(turns - invalid), float(turns)
     for name in sorted({name for payment in payments for name in payment.metrics}):
-        values[name] = float(np.mean([payment.metrics[name] for payment in payments if name in payment.metrics]))
+        values[name] = mean([payment.metrics[name] for payment in payments if name in payment.metrics])
     for status in sorted({t.status for t in trajectories}):
-        values[f"status/{status}"] = float(np.mean([t.status == status for t in trajectories]))
+        values[f"status/{status}"] = mean([t.status == status for t in trajectories])
+    return values
+
+
+def averaged(told: Sequence[Mapping[str, Sequence[float]]]) -> dict[str, float]:
+    """The numbers of several processes' episodes together. A status that one has not seen counts as 0 there."""
+    episodes = sum(each["truncated"][1] for each in told)
+    values = {}
+    for name in sorted({name for each in told for name in each}):
+        total, over = np.sum([each[name] for each in told if name in each], axis=0)
+        over = episodes if name.startswith("status/") else over
+        values[name] = float(total / over) if over else float(total)
     return values

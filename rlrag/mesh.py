@@ -1,59 +1,139 @@
 """The device mesh and the one table from logical axis names to mesh axes.
 
 Arrays name their dimensions logically ("rows", "heads", ...); this file alone knows that rows lie over `data` and heads
-over `model`. FSDP is nothing but parameters' "embed" dimension lying over `data`.
+over `model`. FSDP is nothing but parameters' "embed" dimension lying over `data`. Where there are several slices, each
+of them a `replica`, parameters are cut within a slice and whole across slices: only gradients travel between them.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-DATA, MODEL = "data", "model"
+REPLICA, DATA, MODEL = "replica", "data", "model"
 
-# Logical axis -> mesh axis. A name that is absent here, or None, is replicated.
-RULES = {
-    "rows": DATA,  # training rows, prefill rows, decode slots
-    "pages": DATA,  # each data shard owns its pages
-    "embed": DATA,  # parameters and optimizer state: FSDP
-    "vocab": MODEL,
-    "heads": MODEL,
-    "kv_heads": MODEL,
-    "mlp": MODEL,
+# Logical axis -> mesh axes, of which those that a mesh has count. A name that is absent here, or None, is replicated.
+RULES: dict[str, tuple[str, ...]] = {
+    "rows": (REPLICA, DATA),  # training rows, prefill rows, decode slots
+    "pages": (REPLICA, DATA),  # each data shard owns its pages
+    "embed": (DATA,),  # parameters and optimizer state: FSDP
+    "vocab": (MODEL,),
+    "heads": (MODEL,),
+    "kv_heads": (MODEL,),
+    "mlp": (MODEL,),
 }
 
 Axes = tuple[str | None, ...]
 
 
-def make_mesh(data: int = -1, model: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
-    """A `data` x `model` mesh; data = -1 takes every device that is left.
+def make_mesh(data: int = -1, model: int = 1, devices: Sequence[Any] | None = None, *, replica: int = 1) -> Mesh:
+    """A `data` x `model` mesh, `replica` x `data` x `model` where there are several replicas; data = -1 takes every
+    device that is left.
 
     Raises ValueError when the counts do not multiply to the number of devices.
     """
     devices = list(jax.devices() if devices is None else devices)
     count = len(devices)
-    data_size = count // max(model, 1) if data == -1 else data
-    if model < 1 or data_size * model != count:
-        raise ValueError(
-            f"mesh data={data} x model={model} does not cover {count} device(s): choose sizes whose product is {count}"
-        )
+    data_size = count // max(model * replica, 1) if data == -1 else data
+    if min(model, replica) < 1 or data_size * model * replica != count:
+        asked = f"data={data} x model={model}" + (f" x replica={replica}" if replica != 1 else "")
+        raise ValueError(f"mesh {asked} does not cover {count} device(s): choose sizes whose product is {count}")
     # Auto is named because jax.make_mesh has begun to default to Explicit axes.
-    return jax.make_mesh((data_size, model), (DATA, MODEL), axis_types=(AxisType.Auto,) * 2, devices=devices)
+    auto = (AxisType.Auto,) * 3
+    if replica == 1:
+        return jax.make_mesh((data_size, model), (DATA, MODEL), axis_types=auto[:2], devices=devices)
+    sizes, slices = (replica, data_size, model), {getattr(device, "slice_index", None) for device in devices}
+    if len(slices) == replica and None not in slices:  # slow links lie between slices: only replicas cross them
+        placed = mesh_utils.create_hybrid_device_mesh((1, data_size, model), (replica, 1, 1), devices)
+        return Mesh(placed, (REPLICA, DATA, MODEL), axis_types=auto)
+    return jax.make_mesh(sizes, (REPLICA, DATA, MODEL), axis_types=auto, devices=devices)
+
+
+def num_shards(mesh: Mesh) -> int:
+    """How many parts rows are cut in."""
+    return mesh.size // mesh.shape[MODEL]
+
+
+def local_mesh(mesh: Mesh) -> Mesh:
+    """The `data` x `model` mesh of this process's devices among those of a mesh: where it plays its own episodes.
+
+    Raises ValueError where a `model` row of the mesh lies over several processes.
+    """
+    rows = mesh.devices.reshape(-1, mesh.shape[MODEL])
+    mine = np.vectorize(lambda device: device.process_index == jax.process_index(), otypes=[bool])(rows)
+    if (mine.any(1) != mine.all(1)).any():
+        raise ValueError(
+            f"mesh.model is {mesh.shape[MODEL]}, and a process has {mine.sum()} of the devices: episodes are played by "
+            f"each process on its own devices, so make mesh.model a divisor of {mine.sum()}"
+        )
+    return Mesh(rows[mine.all(1)], (DATA, MODEL), axis_types=(AxisType.Auto,) * 2)
+
+
+def to_local(tree: Any, mesh: Mesh) -> Any:
+    """Arrays that are whole over rows, as arrays on the local mesh; nothing is copied."""
+
+    def one(array: jax.Array) -> jax.Array:
+        assert isinstance(array.sharding, NamedSharding)
+        where = NamedSharding(mesh, array.sharding.spec)
+        if array.sharding.mesh == mesh:
+            return array
+        parts = [shard.data for shard in array.addressable_shards]
+        return jax.make_array_from_single_device_arrays(array.shape, where, parts)
+
+    return jax.tree.map(one, tree)
+
+
+def put_rows(tree: Any, mesh: Mesh) -> Any:
+    """A batch [M, R, ...] of numpy onto the mesh: in several processes each gives the rows of its own devices."""
+    where = rows_sharding(mesh)
+    if jax.process_count() == 1:
+        return jax.device_put(tree, where)
+    shares = jax.process_count()
+
+    def one(leaf: np.ndarray) -> jax.Array:
+        shape = (leaf.shape[0], leaf.shape[1] * shares, *leaf.shape[2:])
+        return jax.make_array_from_process_local_data(where, leaf, shape)
+
+    return jax.tree.map(one, tree)
+
+
+def own_rows(array: jax.Array) -> np.ndarray:
+    """Of an array [M, R, ...] on the mesh the rows that this process gave."""
+    if array.is_fully_addressable:
+        return np.asarray(array)
+    found = {shard.index[1].start or 0: shard.data for shard in array.addressable_shards}
+    return np.concatenate([np.asarray(found[start]) for start in sorted(found)], 1)
 
 
 def partition(axes: Axes, shape: Sequence[int] | None = None, mesh: Mesh | None = None) -> PartitionSpec:
-    """The PartitionSpec of logical axes; a dimension that its mesh axis does not divide stays whole."""
-    names = [RULES.get(axis) if axis is not None else None for axis in axes]
-    if shape is not None and mesh is not None:
-        names = [
-            name if name and size % mesh.shape[name] == 0 else None for name, size in zip(names, shape, strict=True)
+    """The PartitionSpec of logical axes; a dimension that its mesh axes do not divide stays whole."""
+    known = set(mesh.axis_names) if mesh is not None else {DATA, MODEL}
+    return _spec(axes, known, None if mesh is None or shape is None else (shape, dict(mesh.shape)))
+
+
+def _spec(axes: Axes, known: set[Any], sizes: tuple[Sequence[int], Mapping[Any, int]] | None) -> PartitionSpec:
+    """known: mesh axes that may be named; sizes: of the dimensions and of the mesh axes."""
+    found = [tuple(name for name in RULES.get(axis or "", ()) if name in known) for axis in axes]
+    if sizes is not None:
+        shape, counts = sizes
+        found = [
+            names if size % math.prod(counts[name] for name in names) == 0 else ()
+            for names, size in zip(found, shape, strict=True)
         ]
-    return PartitionSpec(*names)
+    return PartitionSpec(*(names if len(names) > 1 else names[0] if names else None for names in found))
 
 
 def sharding(mesh: Mesh, axes: Axes, shape: Sequence[int] | None = None) -> NamedSharding:
     return NamedSharding(mesh, partition(axes, shape, mesh))
+
+
+def rows_sharding(mesh: Mesh) -> NamedSharding:
+    """Of a batch [M, R, ...]."""
+    return sharding(mesh, (None, "rows"))
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
@@ -61,11 +141,6 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
-    names = [RULES.get(axis) if axis is not None else None for axis in axes]
     # Inside a shard_map over `data` that axis is manual, already cut, and must not be named again.
     free = {name for name, kind in zip(mesh.axis_names, mesh.axis_types) if kind == AxisType.Auto}
-    names = [
-        name if name in free and size % mesh.shape[name] == 0 else None
-        for name, size in zip(names, x.shape, strict=True)
-    ]
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(*names))
+    return jax.lax.with_sharding_constraint(x, _spec(axes, free, (x.shape, dict(mesh.shape))))

@@ -196,16 +196,18 @@ def pack(
     rewards: Sequence[str],
     shape: Shape,
     adapters: Mapping[str, int] = MappingProxyType({}),
+    first: tuple[int, int] = (0, 0),
 ) -> Packed:
     """Lay the trained streams of one model's roles into rows.
 
     paid[g][i] belongs to groups[g].trajectories[i]; roles gives the number of each of this model's roles; rewards the
-    order of named rewards; adapters the number of the adapter of each role that has one. Raises
-    ValueError for a stream that is longer than a row or begins with a token to learn, RowsExhausted when rows run out.
+    order of named rewards; adapters the number of the adapter of each role that has one; first the numbers in the batch
+    of the first group and episode, where other processes pack those before. Raises ValueError for a stream that is
+    longer than a row or begins with a token to learn, RowsExhausted when rows run out.
     """
     families, left_out = [], 0
-    episode = 0
-    for number, (group, payments) in enumerate(zip(groups, paid)):
+    episode = first[1]
+    for number, (group, payments) in enumerate(zip(groups, paid), first[0]):
         items = []
         for trajectory, payment in zip(group.trajectories, payments):
             if trajectory.status in LEFT_OUT:
@@ -225,7 +227,7 @@ def pack(
     used = int(rows.length.sum())
     batch = by_micro_batch(rows.batch, shape)
     fill = used / max(1, rows.open * shape.tokens)
-    return Packed(batch, num_micro, places, fill, len(groups), episode, left_out)
+    return Packed(batch, num_micro, places, fill, len(groups), episode - first[1], left_out)
 
 
 def trained(

@@ -12,7 +12,7 @@ from rlrag import config
 from rlrag.checkpoint import PARAMETERS, restore_parameters
 from rlrag.data.task import Task
 from rlrag.loading import load_function
-from rlrag.mesh import DATA
+from rlrag.mesh import local_mesh, make_mesh, num_shards
 from rlrag.model.architecture import Architecture
 from rlrag.model.families import CONFIG, read_architecture, read_json
 from rlrag.model.folder import folder_of
@@ -26,6 +26,11 @@ from rlrag.rollout.engine import Engine
 
 # What a published model does not say of itself.
 OWN = ("dtype", "param_dtype", "remat", "scan_unroll", "value_head", "base", "adapters")
+
+
+def open_mesh(sizes: config.Mesh, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
+    """devices: None for all that there are."""
+    return make_mesh(sizes.data, sizes.model, devices, replica=sizes.replica)
 
 
 def build_stages(experiment: config.Experiment, task: Task) -> tuple[Stage, ...]:
@@ -44,7 +49,7 @@ def acting_models(stages: Sequence[Stage]) -> tuple[str, ...]:
 def check_sizes(task: Task, stages: tuple[Stage, ...], mesh: jax.sharding.Mesh) -> None:
     """Raise ValueError, naming the field and the remedy, where a training batch cannot hold the task's episodes or be
     cut over the devices: told at the start and not when the first long episode comes."""
-    longest, shards = task.workflow.max_tokens, mesh.shape[DATA]
+    longest, shards = task.workflow.max_tokens, num_shards(mesh)
     for stage in stages:
         update, where = stage.settings.update, f"{stage.name}.update"
         if update.row_tokens < longest:
@@ -113,17 +118,20 @@ def furnish(params: Transformer, a: Architecture, mesh: jax.sharding.Mesh, key: 
 
 
 def build_spec(experiment: config.Experiment, task: Task) -> Spec:
-    """The sizes of the sampling program."""
-    r = experiment.rollout
-    page = r.page_size
+    """The sizes of the sampling program of one process."""
+    r, processes = experiment.rollout, jax.process_count()
+    for name in ("num_slots", "prefill_rows", "max_episodes", "num_pages"):
+        if getattr(r, name) % processes:
+            raise ValueError(f"rollout.{name} is {getattr(r, name)}: make it a multiple of the {processes} processes")
+    page, num_slots = r.page_size, r.num_slots // processes
     max_tokens = -(-task.workflow.max_tokens // page) * page
     return Spec(
-        num_slots=r.num_slots,
-        num_pages=r.num_pages or 2 * r.num_slots * (max_tokens // page),
+        num_slots=num_slots,
+        num_pages=r.num_pages // processes or 2 * num_slots * (max_tokens // page),
         page_size=page,
         max_tokens=max_tokens,
         burst=r.burst,
-        prefill_rows=r.prefill_rows,
+        prefill_rows=r.prefill_rows // processes,
         prefill_chunk=r.prefill_chunk,
         prefill_chunks=r.prefill_chunks,
         num_kept=r.num_kept,
@@ -136,7 +144,8 @@ def build_engine(
     """The rollout engine of an experiment with its retriever, and a decoder for each model that speaks."""
     r, spec = experiment.rollout, build_spec(experiment, task)
     token_bytes, end_id = task.tokenizer.token_bytes(), task.tokenizer.end_id
-    decoders = {model: Decoder(a, spec, token_bytes, end_id, mesh, r.max_stop_states) for model in models}
+    here = local_mesh(mesh)
+    decoders = {model: Decoder(a, spec, token_bytes, end_id, here, r.max_stop_states) for model in models}
     s = experiment.retriever
     # Searches over the network keep the deadline themselves; others cannot be stopped, only left behind.
     deadline_s = None if s.url or s.spawn else s.deadline_s
@@ -144,6 +153,6 @@ def build_engine(
         task.remote or task.index, cache_size=s.cache_size, deadline_s=deadline_s, latency_s=s.latency_s
     )
     return Engine(
-        decoders, task.tokenizer.decode, retriever,
-        max_episodes=r.max_episodes, search_threads=r.search_threads, search_batch=r.search_batch,
+        decoders, task.tokenizer.decode, retriever, max_episodes=r.max_episodes // jax.process_count(),
+        search_threads=r.search_threads, search_batch=r.search_batch,
     )  # fmt: skip

@@ -21,12 +21,10 @@ from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any
 
-from jax.sharding import NamedSharding
-
 from kernels.log_prob import api as log_prob
 from rlrag.dry_run import Account, Setting, account, compile_all, lower_rollout, lower_update
 from rlrag.hlo import Cost, Counted, read
-from rlrag.mesh import partition
+from rlrag.mesh import num_shards, partition
 from rlrag.model.architecture import Architecture
 from rlrag.model.parameters import num_parameters
 
@@ -106,7 +104,7 @@ def survey(setting: Setting, native: bool) -> Survey:
         programs, mesh = setting.programs, setting.mesh
         return Survey(
             parameters={name: num_parameters(own) for name, own in programs.architectures.items()},
-            mesh=dict(mesh.shape), rows=rows, slots=slots, shards=row_shards(mesh), stays=stays, beside=beside,
+            mesh=dict(mesh.shape), rows=rows, slots=slots, shards=num_shards(mesh), stays=stays, beside=beside,
             needed=needed, costs=costs, passes=passes(setting, update["prepare"].counted),
             whole=undivided(setting.a, mesh),
             compilations=compiler.compilations,
@@ -128,12 +126,6 @@ def accelerator_chunks() -> Iterator[None]:
         yield
     finally:
         log_prob.CHUNK_BYTES.update(own)
-
-
-def row_shards(mesh: Any) -> int:
-    """Over how many devices rows are cut."""
-    many = mesh.devices.size
-    return many // NamedSharding(mesh, partition(("rows",))).shard_shape((many,))[0]
 
 
 def undivided(a: Architecture, mesh: Any) -> tuple[str, ...]:
@@ -199,7 +191,7 @@ class Compiler:
 
     def rollout(self, setting: Setting) -> Rollout:
         """Prefill without decoding to speak of, decoding without prefill to speak of; each at two depths."""
-        spec, shards = setting.spec, row_shards(setting.mesh)
+        spec, shards = setting.spec, num_shards(setting.mesh)
         slots = spec.num_slots
         few = replace(setting, spec=replace(spec, num_slots=shards, burst=1))
         short = replace(setting, spec=replace(spec, prefill_rows=shards, prefill_chunk=1, prefill_chunks=1))

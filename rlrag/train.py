@@ -11,21 +11,20 @@ from typing import Any
 import jax
 import numpy as np
 
-from rlrag import config, workdir
+from rlrag import config, processes, workdir
 from rlrag.checkpoint import Checkpoints, digest
-from rlrag.collection import Collector
+from rlrag.collection import Collector, together
 from rlrag.console import LINE_EVERY_S, bar, headline, say
 from rlrag.data.sources import iterate
 from rlrag.data.task import Task, open_task, served
 from rlrag.episodes import EpisodeLog
 from rlrag.evaluate import Shown, bounds, evaluate, summarize, write_rows
 from rlrag.learner import Learner
-from rlrag.mesh import make_mesh
 from rlrag.metrics import Writer, num_rows, rewind, round_for_json
 from rlrag.model.architecture import Architecture
+from rlrag.model.decoding import DecodeWeights, build_pack
 from rlrag.model.folder import KEPT, folder_of, keep_description, locate
 from rlrag.model.parameters import Transformer, abstract, initialize, num_parameters, plain, shardings
-from rlrag.model.transformer import DecodeWeights, pack
 from rlrag.recipes.recipe import POLICY, WARM_UP, Stage
 from rlrag.report import describe, draw_curve, versions
 from rlrag.retrieval.index import Index
@@ -39,6 +38,7 @@ from rlrag.setup import (
     check_sizes,
     furnish,
     load_policy,
+    open_mesh,
     resolved,
 )
 from rlrag.signals import Stopping
@@ -65,7 +65,7 @@ class Run:
     checkpoints: Checkpoints
     saved: int | None  # the checkpoint that this session goes on from
     meta: Mapping[str, Any]  # what it says; BEGIN where there is none
-    writer: Writer
+    writer: Writer | None  # of the first process; files that are written once are written by it
     stopping: Stopping
     best: Checkpoints  # the best by held-out score
     episodes: EpisodeLog
@@ -76,7 +76,7 @@ class Run:
     def __post_init__(self):
         self.tokens, self.result = self.meta["tokens"], dict(self.meta["result"])
         self.key = jax.random.key(self.experiment.seed)
-        self.pack_weights = jax.jit(lambda params: pack(params, self.architecture))
+        self.pack_weights = build_pack(self.architecture, self.mesh)
         self.best_score = self.meta["best"]
 
     @property
@@ -94,14 +94,16 @@ class Run:
     def close(self) -> None:
         with contextlib.ExitStack() as all_of_them:
             for part in (self.writer, self.checkpoints, self.best, self.engine):
-                all_of_them.callback(part.close)
+                if part is not None:
+                    all_of_them.callback(part.close)
 
 
 def train(experiment: config.Experiment, directory: Path) -> dict[str, Any]:
     """Train from the start, or from the newest checkpoint in the directory; returns what result.json holds."""
     config.check(experiment)
     experiment = resolved(experiment, directory)
-    workdir.open_workdir(directory, experiment)
+    with processes.first_alone():
+        workdir.open_workdir(directory, experiment)
     result = workdir.read(directory / "result.json") if workdir.holds_checkpoint(directory) else None
     if result is not None:
         say(f"{directory} holds this run, finished: choose another --workdir to train again")
@@ -109,8 +111,10 @@ def train(experiment: config.Experiment, directory: Path) -> dict[str, Any]:
         return result
     if experiment.warm_start and not workdir.holds_checkpoint(directory):
         workdir.finished(experiment)
-    mesh = make_mesh(experiment.mesh.data, experiment.mesh.model)
-    service = open_remote(experiment.retriever, served(experiment), directory)
+    mesh = open_mesh(experiment.mesh)
+    # A spawned server is the process's own, and so is its log.
+    own = directory if processes.is_first() else directory / f"process_{processes.index()}"
+    service = open_remote(experiment.retriever, served(experiment), own)
     with jax.set_mesh(mesh), Stopping() as stopping, service as remote:
         run = set_up(experiment, directory, mesh, stopping, remote)
         try:
@@ -126,25 +130,28 @@ def train(experiment: config.Experiment, directory: Path) -> dict[str, Any]:
 def set_up(
     experiment: config.Experiment, directory: Path, mesh: jax.sharding.Mesh, stopping: Stopping, remote: Index | None
 ) -> Run:
-    if experiment.model.path and (folder := folder_of(experiment.model.path, directory)) != directory / KEPT:
-        keep_description(folder, directory / KEPT)
-    task = open_task(experiment, directory, remote)
+    with processes.first_alone():
+        if experiment.model.path and (folder := folder_of(experiment.model.path, directory)) != directory / KEPT:
+            keep_description(folder, directory / KEPT)
+        task = open_task(experiment, directory, remote)
     a, stages = build_architecture(experiment, task), build_stages(experiment, task)
     check_sizes(task, stages, mesh)
     engine = build_engine(experiment, task, a, mesh, acting_models(stages))
-    workdir.write(directory / "config.json", config.to_dict(experiment))
+    if processes.is_first():
+        workdir.write(directory / "config.json", config.to_dict(experiment))
     checkpoints = Checkpoints(directory / "checkpoints")
     saved = checkpoints.latest()
     meta = BEGIN if saved is None else checkpoints.meta(saved)
-    rewind(directory / "metrics.jsonl", meta["rows"])
-    rewind(directory / "alarms.jsonl", meta["alarms"])
-    rewind(directory / "episodes.jsonl", meta["episodes"])
-    if saved is None:
-        (directory / "result.json").unlink(missing_ok=True)  # of a run that is gone
+    writer = None
+    if processes.is_first():
+        for name in ("metrics", "alarms", "episodes"):
+            rewind(directory / f"{name}.jsonl", meta["rows" if name == "metrics" else name])
+        if saved is None:
+            (directory / "result.json").unlink(missing_ok=True)  # of a run that is gone
+        writer = Writer(directory, (saved or 0) + 1, experiment.wandb, experiment.name)
     say(f"{experiment.name}: {num_parameters(a):,} parameters, {device()}, JAX {jax.__version__}, {directory}")
     if saved is not None:
         say(f"going on from step {meta['step']} of stage {stages[meta['stage']].name}")
-    writer = Writer(directory, (saved or 0) + 1, experiment.wandb, experiment.name)
     best = Checkpoints(directory / "best", keep=1)
     log = EpisodeLog(directory, task.tokenizer.token_bytes())
     return Run(
@@ -219,12 +226,14 @@ def play(run: Run, learner: Learner, number: int) -> None:
             begin = time.perf_counter()
             values, advantages = learner.learn(collected, step)
             values["update_s"] = time.perf_counter() - begin
-            values |= {f"rollout/{name}": value for name, value in collected.usage.items()}
+            usage = together(processes.gather("usage", collected.usage))
+            values |= {f"rollout/{name}": value for name, value in usage.items()}
             run.tokens += int(values["trained_tokens"])
             cursor = collected.cursor
             step += 1
             log = run.experiment.log_episodes if stage.demonstrate is None else 0
-            run.episodes.write(stage.name, step, *collected.accepted(), log, advantages)
+            if processes.is_first():
+                run.episodes.write(stage.name, step, *collected.accepted(), log, advantages)
             every = stage.settings.evaluate_every
             if every and step % every == 0:
                 collector.settle()
@@ -232,10 +241,12 @@ def play(run: Run, learner: Learner, number: int) -> None:
             # Demonstrations are what they are: of them only the update is watched.
             watched = values if stage.demonstrate is None else {name: values[name] for name in ("grad_norm", "skipped")}
             values["alarms"] = raise_alarms(run, watchman.look(step, watched), stage.name)
-            run.writer.write(stage.name, step, run.global_step(number, step), values)
+            if run.writer is not None:
+                run.writer.write(stage.name, step, run.global_step(number, step), values)
             progress.show(**headline(values))
             if reached(stage.settings, values):
                 break
+            run.stopping.asked = any(processes.gather("asked", run.stopping.asked))
             due = step % run.experiment.checkpoint_every == 0
             if (due or run.stopping.asked) and step < stage.steps:
                 save(run, learner, number, step, cursor, watchman, collector.meta())
@@ -256,8 +267,9 @@ def raise_alarms(run: Run, alarms: Sequence[Alarm], stage: str) -> int:
     """Say and write what tripped; how many."""
     for alarm in alarms:
         say(f"ALARM  {alarm.text}")
-        with (run.directory / "alarms.jsonl").open("a") as file:
-            file.write(json.dumps({"stage": stage, **asdict(alarm), "value": round_for_json(alarm.value)}) + "\n")
+        if processes.is_first():
+            with (run.directory / "alarms.jsonl").open("a") as file:
+                file.write(json.dumps({"stage": stage, **asdict(alarm), "value": round_for_json(alarm.value)}) + "\n")
     return len(alarms)
 
 
@@ -292,7 +304,7 @@ def save(
         **ahead,
         "learner": learner.meta(),
         "watch": watchman.state,
-        "rows": num_rows(run.writer.path),
+        "rows": num_rows(run.directory / "metrics.jsonl"),
         "alarms": num_rows(run.directory / "alarms.jsonl"),
         "episodes": num_rows(run.episodes.path),
         "tokens": run.tokens,
@@ -310,27 +322,30 @@ def score(run: Run, models: Models, name: str) -> dict[str, Any]:
     examples, recipe = run.task.test, run.stages[-1].recipe
     if "oracle" not in run.result:
         run.result |= {"oracle": None, "random": None} | bounds(run.task, examples)
-    with bar(f"{name} test", len(examples), first_line_s=LINE_EVERY_S) as progress:
+    with bar(f"{name} test", len(processes.share(examples)), first_line_s=LINE_EVERY_S) as progress:
         shown, groups = Shown(progress), []
 
         def played(row: Mapping[str, Any], group: Group) -> None:
             shown(row, group)
             if len(groups) < TESTED * run.experiment.log_episodes:
                 groups.append(group)
-            leave_if_asked(run, True)
+            if processes.count() == 1:  # several have begun the test together, and end it together
+                leave_if_asked(run, True)
 
         rows = evaluate(run.engine, run.packed(models), examples, recipe, progress=played)
-    if name == "final":
-        step = run.stages[-1].steps
-        run.episodes.write("test", step, groups, [recipe.reward(group) for group in groups], len(groups))
-    write_rows(run.directory / f"predictions_{name}.jsonl", rows)
+    if processes.is_first():
+        if name == "final":
+            step = run.stages[-1].steps
+            run.episodes.write("test", step, groups, [recipe.reward(group) for group in groups], len(groups))
+        write_rows(run.directory / f"predictions_{name}.jsonl", rows)
     summary = summarize(rows)
     say("\n".join(describe({name: summary, **{policy: run.result[policy] for policy in ("oracle", "random")}})))
     return summary
 
 
 def device() -> str:
-    return f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+    spread = f" in {processes.count()} processes" if processes.count() > 1 else ""
+    return f"{jax.device_count()} x {jax.devices()[0].device_kind}{spread}"
 
 
 def conclude(run: Run, models: Models) -> dict[str, Any]:
@@ -348,9 +363,10 @@ def conclude(run: Run, models: Models) -> dict[str, Any]:
         "versions": versions(),
         "config": config.to_dict(run.experiment),
     }
-    rows = [json.loads(line) for line in (run.directory / "metrics.jsonl").read_text().splitlines()]
-    draw_curve(run.directory / "curve.png", rows, result)
-    workdir.write(run.directory / "result.json", result)
+    if processes.is_first():
+        rows = [json.loads(line) for line in (run.directory / "metrics.jsonl").read_text().splitlines()]
+        draw_curve(run.directory / "curve.png", rows, result)
+        workdir.write(run.directory / "result.json", result)
     say(f"{result['seconds']:,.0f} s, {run.tokens:,} trained tokens, weights {result['weights_sha256'][:12]}")
     say(f"{run.directory}: result.json, curve.png, metrics.jsonl, tensorboard, predictions_final.jsonl, checkpoints")
     return result

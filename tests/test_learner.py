@@ -6,7 +6,7 @@ from configs import algorithms
 from rlrag.agents.workflow import Role
 from rlrag.collection import Collected
 from rlrag.data.task import open_task
-from rlrag.learner import Learner, describe, minibatches, with_spread
+from rlrag.learner import Learner, averaged, describe, minibatches, with_spread
 from rlrag.mesh import make_mesh
 from rlrag.model.architecture import Adapters
 from rlrag.model.parameters import initialize, joined
@@ -47,7 +47,7 @@ def test_what_a_batch_was_like():
     amounts = [[1.0, 0.0], [0.5]]
     paid = [[Paid({"answer": [amount]}, metrics={"em": amount}) for amount in group] for group in amounts]
     packed = pack(groups, paid, {"agent": 0}, ("answer",), Shape(4, 16, 4, 1, 0, 1))
-    values = describe(Collected(3, 2, groups, paid, [True, True], None, {}), packed)
+    values = averaged([describe(Collected(3, 2, groups, paid, [True, True], None, {}), packed)])
     assert values["staleness"] == 1.0
     assert values["reward"] == values["em"] == pytest.approx(0.5)
     assert values["trained_tokens"] == 4, "an episode whose search failed is not learned from"
@@ -161,7 +161,7 @@ def test_two_adapters_learn_from_their_own_streams_and_the_base_stays(learners):
         assert (moved > 0).all(), f"both adapters have learned: {name}"
     assert values["kl"] != 0
     a = learner.programs.architectures["policy"]
-    packed = learner.pack(collected(("talker", "chooser")).groups, collected().paid)["policy"]
+    packed = learner.pack(collected(("talker", "chooser")).groups, collected().paid)[0]["policy"]
     micro = jax.tree.map(lambda leaf: leaf[0], packed.batch)
     silenced = joined(learner.references["policy"], learner.models["policy"])
     off = micro.replace(segments=micro.segments.replace(adapters=None))
@@ -186,7 +186,7 @@ def test_the_gap_is_that_of_the_policy_that_played(learners):
 
 def scored_by(learner, groups, paid):
     """log-probs [rows, T] of a batch under the learner's parameters as they are, and the packed batch."""
-    packed = learner.pack(groups, paid)["policy"]
+    packed = learner.pack(groups, paid)[0]["policy"]
     rows = packed.batch.tokens.shape[0] * packed.batch.tokens.shape[1]
     batch = jax.tree.map(lambda leaf: leaf.reshape(rows, *leaf.shape[2:]), packed.batch)
     a = learner.programs.architectures["policy"]

@@ -8,51 +8,19 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 
-from rlrag.mesh import constrain
+from rlrag.mesh import MODEL, constrain
 from rlrag.model.adapters import LowRank, Voices, add
 from rlrag.model.architecture import Architecture
 from rlrag.model.attention import attend, rotate, rotations, views, visibility
+from rlrag.model.decoding import WHOLE, DecodeLayer, DecodeWeights, Parts
 from rlrag.model.parameters import Layers, Transformer
-from rlrag.model.quantized import Matrix, Quantized, times
+from rlrag.model.quantized import Quantized, times
 
 # (layer number, query [B, C, N, H], key [B, C, K, H], value [B, C, K, H]) -> mixed [B, C, N, H]
 Mix = Callable[[int, jax.Array, jax.Array, jax.Array], jax.Array]
-
-
-@flax.struct.dataclass
-class DecodeLayer:
-    """One layer for decoding: products that share an input are one matrix, cut once when weights are packed."""
-
-    attention_norm: jax.Array  # [D]
-    qkv: Matrix  # [D, (N + 2K) * H]
-    qkv_bias: jax.Array | None  # [(N + 2K) * H]
-    query_norm: jax.Array | None  # [H]
-    key_norm: jax.Array | None  # [H]
-    output: Matrix  # [N*H, D]
-    post_attention_norm: jax.Array | None  # [D]
-    mlp_norm: jax.Array  # [D]
-    gate_up: Matrix  # [D, 2F]
-    down: Matrix  # [F, D]
-    post_mlp_norm: jax.Array | None  # [D]
-    low: dict[str, LowRank]  # what adapters add to each matrix, in one layer
-
-
-@flax.struct.dataclass
-class DecodeWeights:
-    """Per-layer list: weights sliced or joined inside the decode loop would be sliced or joined at every step."""
-
-    embed: jax.Array  # [V, D]
-    layers: tuple[DecodeLayer, ...]
-    final_norm: jax.Array  # [D]
-    head: jax.Array | None  # [V, D]; None: tied
-
-    @property
-    def output_head(self) -> jax.Array:
-        return self.embed if self.head is None else self.head
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, a: Architecture) -> jax.Array:
@@ -164,20 +132,26 @@ def feed_forward(
     return add(times(hidden, weights.down), hidden, "down", low, voices)
 
 
+def summed(x: jax.Array, number: int) -> jax.Array:
+    """Of what `number` devices of a shard_map have found each; 1: x is whole."""
+    return x if number == 1 else jax.lax.psum(x, MODEL)
+
+
 def layer(
     x: jax.Array, weights: Layers | DecodeLayer, angles: tuple[jax.Array, jax.Array], a: Architecture, mix: Callable,
-    low: Low, voices: Voices | None,
+    low: Low, voices: Voices | None, cut: Parts = WHOLE,
 ) -> jax.Array:  # fmt: skip
     """One pre-norm block. x [B*C, D], angles of [B, C]; mix(query, key, value) [B, C, heads, H] -> [B, C, N, H]; low:
-    what adapters add to each matrix of the layer, as loud as voices say."""
+    what adapters add to each matrix of the layer, as loud as voices say; cut: of weights inside a shard_map, where a is
+    what one device computes."""
     B, C = angles[0].shape[:2]
     q, k, v = project(rms_norm(x, weights.attention_norm, a), weights, a, low, voices)
     q, k, v = (heads.reshape(B, C, -1, a.head_dim) for heads in (q, k, v))
     q, k = rotate(q, *angles), rotate(k, *angles)
     mixed = mix(q, k, v).reshape(B * C, a.num_heads * a.head_dim)
-    mixed = add(times(mixed, weights.output), mixed, "output", low, voices)
+    mixed = summed(add(times(mixed, weights.output), mixed, "output", low, voices), cut.heads)
     x = x + (mixed if weights.post_attention_norm is None else rms_norm(mixed, weights.post_attention_norm, a))
-    y = feed_forward(rms_norm(x, weights.mlp_norm, a), weights, a, low, voices)
+    y = summed(feed_forward(rms_norm(x, weights.mlp_norm, a), weights, a, low, voices), cut.mlp)
     return x + (y if weights.post_mlp_norm is None else rms_norm(y, weights.post_mlp_norm, a))
 
 
@@ -231,54 +205,34 @@ def chosen(kinds: dict[bool, Any], local: jax.Array | None) -> Any:
     return jax.tree.map(partial(jnp.where, local), kinds[True], kinds[False])
 
 
-def pack(params: Transformer, a: Architecture) -> DecodeWeights:
-    """Decode layout of the weights, in the activations' dtype, whole on every device. Called once a rollout, so that
-    FSDP's parameters are gathered once and not in every round."""
-    cast = partial(jnp.asarray, dtype=a.dtype)
-
-    def join(*matrices: Matrix) -> Matrix:
-        both = jax.tree.map(lambda *parts: jnp.concatenate(parts, -1), *matrices)
-        return both if isinstance(both, Quantized) else cast(both)  # bytes stay as small as they are
-
-    def pack_layer(weights: Layers, low: Low) -> DecodeLayer:
-        biases = [bias for bias in (weights.query_bias, weights.key_bias, weights.value_bias) if bias is not None]
-        return DecodeLayer(
-            attention_norm=weights.attention_norm,
-            qkv=join(weights.query, weights.key, weights.value),
-            qkv_bias=cast(jnp.concatenate(biases, -1)) if biases else None,
-            query_norm=weights.query_norm,
-            key_norm=weights.key_norm,
-            output=join(weights.output),
-            post_attention_norm=weights.post_attention_norm,
-            mlp_norm=weights.mlp_norm,
-            gate_up=join(weights.gate, weights.up),
-            down=join(weights.down),
-            post_mlp_norm=weights.post_mlp_norm,
-            low=jax.tree.map(cast, low),
-        )
-
-    low = {} if params.adapters is None else params.adapters.layers
-    layers = tuple(
-        pack_layer(*jax.tree.map(lambda leaf: leaf[i], (params.layers, low)))  # noqa: B023
-        for i in range(a.num_layers)
-    )
-    head = None if params.head is None else cast(params.output_head)
-    packed = DecodeWeights(cast(params.table), layers, params.final_norm, head)
-    return jax.tree.map(lambda leaf: constrain(leaf, *(None,) * leaf.ndim), packed)
+def look_up(table: jax.Array, tokens: jax.Array, number: int) -> jax.Array:
+    """Rows of a table [V, D], of which each of `number` devices has a part."""
+    if number == 1:
+        return table[tokens]
+    own = tokens - jax.lax.axis_index(MODEL) * table.shape[0]
+    inside = (own >= 0) & (own < table.shape[0])
+    return summed(jnp.where(inside[:, None], table[jnp.where(inside, own, 0)], 0), number)
 
 
 def extend(
     weights: DecodeWeights, a: Architecture, tokens: jax.Array, positions: jax.Array, mix: Mix,
-    coefficients: jax.Array | None = None,
+    coefficients: jax.Array | None = None, cut: Parts = WHOLE,
 ) -> jax.Array:  # fmt: skip
     """Hidden states of new tokens given a cache that `mix` reads and writes. tokens, positions [B, C] -> [B, C, D].
 
-    coefficients [B, A] of each adapter in a row; None: the base.
+    coefficients [B, A] of each adapter in a row; None: the base. cut: of the weights, inside a shard_map; `mix` is
+    given this device's heads.
     """
     B, C = tokens.shape
     voices = None if coefficients is None else speaking(a, jnp.repeat(coefficients, C, 0))
-    x = weights.embed[tokens.reshape(-1)] * jnp.asarray(a.embed_scale, a.dtype)
-    angles = rotations(a, positions)
-    for number, layer_weights in enumerate(weights.layers):
-        x = layer(x, layer_weights, angles[a.local[number]], a, partial(mix, number), layer_weights.low, voices)
+    x = look_up(weights.embed, tokens.reshape(-1), cut.vocab) * jnp.asarray(a.embed_scale, a.dtype)
+    angles, own = rotations(a, positions), cut.own(a)
+    for number, weights_ in enumerate(weights.layers):
+        x = layer(x, weights_, angles[a.local[number]], own, partial(mix, number), weights_.low, voices, cut)
     return rms_norm(x, weights.final_norm, a).reshape(B, C, a.embed_dim)
+
+
+def vocabulary_logits(weights: DecodeWeights, hidden: jax.Array, cut: Parts) -> jax.Array:
+    """hidden [B, D] -> [B, V] float32, whole on every device: what is sampled must not depend on the mesh."""
+    logits = jnp.einsum("bd,vd->bv", hidden, weights.output_head, preferred_element_type=jnp.float32)
+    return logits if cut.vocab == 1 else jax.lax.all_gather(logits, MODEL, axis=1, tiled=True)

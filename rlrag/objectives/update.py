@@ -18,7 +18,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rlrag.batch import Batch
-from rlrag.mesh import DATA
+from rlrag.mesh import num_shards, put_rows, rows_sharding
 from rlrag.metrics import Metrics, merge, nothing
 from rlrag.model.architecture import Architecture
 from rlrag.model.parameters import Transformer, abstract, joined, learning, part, shardings
@@ -65,7 +65,6 @@ class Update:
         self.architecture, self.objective, self.optimizer, self.mesh = a, objective, optimizer, mesh
         self.learns = learning(a, trains)
         own, replicated = self.own(shardings(a, mesh)), NamedSharding(mesh, PartitionSpec())
-        self._rows = NamedSharding(mesh, PartitionSpec(None, DATA))
         self.accumulate = jax.jit(
             partial(accumulate, a, objective, self.learns), donate_argnums=(1, 2), out_shardings=(own, replicated)
         )
@@ -73,7 +72,7 @@ class Update:
             partial(apply, optimizer, schedule, self.learns), donate_argnums=0, out_shardings=(self.where(), replicated)
         )
         self._zeros = jax.jit(lambda: self.gradients(), out_shardings=own)
-        self._empty: Metrics | None = None
+        self._empty: Callable[[], Metrics] | None = None
 
     def own(self, tree: Any) -> Any:
         """Of a tree like the parameters what learns."""
@@ -104,11 +103,11 @@ class Update:
         return TrainState(params, opt_state, replicated)  # type: ignore[arg-type]  # shardings in the state's tree
 
     def put(self, batch: Batch) -> Batch:
-        """A packed batch [M, R, ...] onto the mesh, rows over `data`."""
-        rows, shards = batch.tokens.shape[1], self.mesh.shape[DATA]
+        """A packed batch [M, R, ...] onto the mesh, rows over `data`; in several processes, of the rows of this one."""
+        rows, shards = batch.tokens.shape[1] * jax.process_count(), num_shards(self.mesh)
         if rows % shards:
             raise ValueError(f"update.micro_rows is {rows}: make it a multiple of the {shards} data shard(s)")
-        return jax.device_put(batch, self._rows)
+        return put_rows(batch, self.mesh)
 
     def step(
         self,
@@ -134,8 +133,10 @@ class Update:
         """What metrics of this objective begin with. batch: any, for its shapes."""
         if self._empty is None:  # the names of an objective's metrics do not change: trace it once
             micro = jax.eval_shape(lambda b: select(b, 0), batch)
-            self._empty = nothing(jax.eval_shape(lambda b: reported(self.objective, no_scores(b), b)[1], micro))
-        return jax.device_put(self._empty, NamedSharding(self.mesh, PartitionSpec()))
+            like = jax.eval_shape(lambda b: reported(self.objective, no_scores(b), b)[1], micro)
+            replicated = NamedSharding(self.mesh, PartitionSpec())
+            self._empty = jax.jit(lambda: jax.tree.map(jnp.asarray, nothing(like)), out_shardings=replicated)
+        return self._empty()
 
 
 def select(batch: Batch, index: jax.Array | int) -> Batch:
@@ -190,6 +191,7 @@ def build_prepare(
     credit: Credit,
     num_groups: int,
     num_episodes: int,
+    mesh: Mesh,
 ) -> Callable:
     """The jitted prepare(params, references, batches, num_micro, coefficients) -> Prepared over all models of a recipe.
 
@@ -239,4 +241,6 @@ def build_prepare(
         counts = {name: jax.vmap(partial(count, objectives[name]))(prepared[source]) for name, source in reads.items()}
         return Prepared(prepared, counts, metrics)
 
-    return jax.jit(prepare, donate_argnums=2)
+    # Every process reads the metrics: they must not lie on the devices of some.
+    replicated = NamedSharding(mesh, PartitionSpec())
+    return jax.jit(prepare, donate_argnums=2, out_shardings=Prepared(rows_sharding(mesh), replicated, replicated))  # type: ignore[arg-type]

@@ -3,7 +3,8 @@
 The host owns pages, tokens and decisions; the device owns arithmetic. Everything the device must know for a round
 comes in an `Inbox` of fixed shapes, so the program is compiled once per base model. The whole program runs inside one
 `shard_map`: streams, pages and slots of a data shard never look at another shard's, and loops end when a shard's own
-work does. No collective can stand inside such loops, so weights and cache are whole over `model` for now.
+work does. Where weights are cut over `model`, sums stand inside the loops, and all shards then run as many steps as the
+one with most to do: devices that wait for each other must come to the same sums.
 """
 
 from dataclasses import dataclass
@@ -16,10 +17,11 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from kernels.uncertainty.api import uncertainty
-from rlrag.mesh import DATA
+from rlrag.mesh import DATA, MODEL
 from rlrag.model.architecture import Architecture
 from rlrag.model.attention import attend, views
-from rlrag.model.transformer import DecodeWeights, extend
+from rlrag.model.decoding import WHOLE, DecodeWeights, Parts, abstract_weights, parts
+from rlrag.model.transformer import extend, vocabulary_logits
 from rlrag.rollout import cache as kv
 from rlrag.rollout.cache import Cache
 from rlrag.rollout.sampling import Array, Controls, sample
@@ -102,6 +104,7 @@ class Burst:
     """Loop state of a burst."""
 
     step: jax.Array
+    most: jax.Array  # slots that run still, on the shard that has most of them
     view: Cache
     token: jax.Array
     stop_state: jax.Array
@@ -111,7 +114,14 @@ class Burst:
     out: tuple[jax.Array, ...]
 
 
-def prefill(weights: DecodeWeights, cache: Cache, inbox: Prefill, spec: Spec, a: Architecture) -> Cache:
+def agreed(number: jax.Array, cut: Parts) -> jax.Array:
+    """The largest of all data shards, where they must run the same steps; else this shard's own."""
+    return number if max(cut) == 1 else jax.lax.pmax(number, DATA)
+
+
+def prefill(
+    weights: DecodeWeights, cache: Cache, inbox: Prefill, spec: Spec, a: Architecture, cut: Parts = WHOLE
+) -> Cache:
     """Cache appended tokens, chunk after chunk; the last layer's hidden states are not needed and not computed."""
     capacity = cache.keys[0].shape[1]
 
@@ -133,23 +143,26 @@ def prefill(weights: DecodeWeights, cache: Cache, inbox: Prefill, spec: Spec, a:
             value_view = kv.gather(values[number], table, spec.page_size)
             return attend(q, key_view, value_view, seen[a.local[number]], a.attention_scale or None)
 
-        extend(weights, a, tokens, positions, mix, None if inbox.adapters is None else inbox.adapters[j])
+        extend(weights, a, tokens, positions, mix, None if inbox.adapters is None else inbox.adapters[j], cut)
         return Cache(tuple(keys), tuple(values))
 
-    return jax.lax.fori_loop(0, inbox.num_chunks[0], chunk, cache)
+    return jax.lax.fori_loop(0, agreed(inbox.num_chunks[0], cut), chunk, cache)
 
 
 def burst(
     weights: DecodeWeights, cache: Cache, inbox: Decode, stops: jax.Array, accepting: jax.Array, root: jax.Array,
-    end_id: int, spec: Spec, a: Architecture,
+    end_id: int, spec: Spec, a: Architecture, cut: Parts = WHOLE,
 ) -> tuple[Cache, Outbox]:  # fmt: skip
     """Decode until every slot has stopped or `spec.burst` steps are done."""
     B, N = inbox.token.shape[0], spec.burst
     keys = jax.vmap(partial(jax.random.fold_in, root))(inbox.stream)
     view = Cache(*(tuple(kv.gather(store, inbox.table, spec.page_size) for store in half) for half in cache))
 
+    def running(reason: jax.Array) -> jax.Array:
+        return agreed(jnp.sum(reason == RUNNING, dtype=jnp.int32), cut)
+
     def cond(s: Burst) -> jax.Array:
-        return (s.step < N) & jnp.any(s.reason == RUNNING)
+        return (s.step < N) & (s.most > 0)
 
     def body(s: Burst) -> Burst:
         live = s.reason == RUNNING
@@ -164,8 +177,8 @@ def burst(
             value_view[number] = kv.write(value_view[number], target, v)
             return attend(q, key_view[number], value_view[number], seen[a.local[number]], a.attention_scale or None)
 
-        hidden = extend(weights, a, s.token[:, None], position[:, None], mix, inbox.adapters)[:, 0]
-        logits = jnp.einsum("bd,vd->bv", hidden, weights.output_head, preferred_element_type=jnp.float32)
+        hidden = extend(weights, a, s.token[:, None], position[:, None], mix, inbox.adapters, cut)[:, 0]
+        logits = vocabulary_logits(weights, hidden, cut)
         controls = inbox.controls._replace(allowed=s.allowed)
         uniform = jax.vmap(lambda key, at: jax.random.uniform(jax.random.fold_in(key, at)))(keys, position + 1)
         token, kept = sample(logits, uniform, controls)
@@ -177,25 +190,29 @@ def burst(
         reason = jnp.where(count >= inbox.limit, LIMITED, RUNNING)
         reason = jnp.where(token == end_id, ENDED, reason)
         reason = jnp.where(accepting[stop_state], STOPPED, reason)
+        reason = jnp.where(live, reason, s.reason)
         struck = inbox.once[:, None] & live[:, None] & (s.allowed == token[:, None])
         return Burst(
             step=s.step + 1,
+            most=running(reason),
             view=Cache(tuple(key_view), tuple(value_view)),
             token=jnp.where(live, token, s.token),
             stop_state=stop_state,
-            reason=jnp.where(live, reason, s.reason),
+            reason=reason,
             count=count,
             allowed=jnp.where(struck, -1, s.allowed),
             out=out,
         )
 
     numbers = [jnp.zeros((B, N), dtype) for dtype in (jnp.int32, *[jnp.float32] * 4)]
+    reason = jnp.where(inbox.limit > 0, RUNNING, LIMITED)
     start = Burst(
         step=jnp.int32(0),
+        most=running(reason),
         view=view,
         token=inbox.token,
         stop_state=inbox.stop_state,
-        reason=jnp.where(inbox.limit > 0, RUNNING, LIMITED),
+        reason=reason,
         count=jnp.zeros(B, jnp.int32),
         allowed=inbox.controls.allowed[:, : spec.num_kept],
         out=(*numbers, jnp.full((B, N, spec.num_kept), -1, jnp.int32)),
@@ -219,13 +236,18 @@ def burst(
 
 
 def build_advance(spec: Spec, a: Architecture, end_id: int, mesh: Mesh):
-    """The jitted program: advance(weights, cache, inbox, stops, accepting, root) -> (cache, outbox); cache donated."""
+    """The jitted program: advance(weights, cache, inbox, stops, accepting, root) -> (cache, outbox); cache donated.
+
+    mesh: `data` x `model`, of this process's devices."""
+    cut = parts(a, mesh.shape[MODEL])
 
     def advance(weights, cache, inbox: Inbox, stops, accepting, root):
-        cache = prefill(weights, cache, inbox.prefill, spec, a)
-        return burst(weights, cache, inbox.decode, stops, accepting, root, end_id, spec, a)
+        cache = prefill(weights, cache, inbox.prefill, spec, a, cut)
+        return burst(weights, cache, inbox.decode, stops, accepting, root, end_id, spec, a, cut)
 
     shard, whole, second = PartitionSpec(DATA), PartitionSpec(), PartitionSpec(None, DATA)
+    cached = PartitionSpec(MODEL if cut.heads > 1 else None, DATA)
+    weights = jax.tree.map(lambda leaf: leaf.sharding, abstract_weights(a, mesh))
     inbox_specs = Inbox(
         prefill=Prefill(*[second] * 5, num_chunks=shard),
         decode=Decode(*[shard] * 8, controls=Controls(*[shard] * 4)),
@@ -233,11 +255,11 @@ def build_advance(spec: Spec, a: Architecture, end_id: int, mesh: Mesh):
     mapped = jax.shard_map(
         advance,
         mesh=mesh,
-        in_specs=(whole, second, inbox_specs, whole, whole, whole),
-        out_specs=(second, shard),
+        in_specs=(jax.tree.map(lambda sharding: sharding.spec, weights), cached, inbox_specs, whole, whole, whole),
+        out_specs=(cached, shard),
         check_vma=False,  # never differentiated
     )
     # Every input's sharding is spelled out: numpy arrays then land in place, and one compilation serves all calls.
     host = jax.tree.map(lambda s: NamedSharding(mesh, s), inbox_specs, is_leaf=lambda x: isinstance(x, PartitionSpec))
     replicated = NamedSharding(mesh, whole)
-    return jax.jit(mapped, in_shardings=(None, None, host, replicated, replicated, replicated), donate_argnums=1)
+    return jax.jit(mapped, in_shardings=(weights, None, host, replicated, replicated, replicated), donate_argnums=1)

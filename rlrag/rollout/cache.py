@@ -21,14 +21,13 @@ class Cache(NamedTuple):
     values: tuple[jax.Array, ...]
 
 
-def empty(architecture: Architecture, num_pages: int, page_size: int) -> Cache:
-    shape = (architecture.num_kv_heads, num_pages * page_size, architecture.head_dim)
+def empty(architecture: Architecture, num_pages: int, page_size: int, num_kv_heads: int = 0) -> Cache:
+    """num_kv_heads: over all devices, where some stand several times; 0: the architecture's."""
+    shape = (num_kv_heads or architecture.num_kv_heads, num_pages * page_size, architecture.head_dim)
     layers = range(architecture.num_layers)
 
     def zeros() -> jax.Array:
-        # Whole over `model`: split heads would put collectives into loops that end at different times on different data
-        # shards, and those wait for each other for ever.
-        return constrain(jnp.zeros(shape, architecture.dtype), None, "pages", None)
+        return constrain(jnp.zeros(shape, architecture.dtype), "kv_heads", "pages", None)
 
     return Cache(tuple(zeros() for _ in layers), tuple(zeros() for _ in layers))
 

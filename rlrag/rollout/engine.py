@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 from rlrag.agents.workflow import Episode, Force, Found, Generate, Mode, Reply, Role, Search, Tool, Workflow, call_tool
-from rlrag.model.transformer import DecodeWeights
+from rlrag.model.decoding import DecodeWeights
 from rlrag.rollout.advance import ENDED, STOPPED
 from rlrag.rollout.decoder import Decoder
 from rlrag.rollout.streams import CachedStream, Call, Usage

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlrag.model.attention import attend, views
-from rlrag.model.transformer import extend, pack, trunk
+from rlrag.model.decoding import pack
+from rlrag.model.transformer import extend, trunk
 from tests.decoders import CONTINUED, PROMPTS
 
 

@@ -14,8 +14,9 @@ from rlrag.agents.workflow import Sampling
 from rlrag.mesh import make_mesh
 from rlrag.model import bert, families, hf
 from rlrag.model.architecture import Architecture, EncoderArchitecture
+from rlrag.model.decoding import pack
 from rlrag.model.parameters import num_parameters
-from rlrag.model.transformer import pack, trunk
+from rlrag.model.transformer import trunk
 from rlrag.rollout.advance import Spec
 from rlrag.rollout.decoder import Decoder
 from tests import decoders

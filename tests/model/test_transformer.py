@@ -10,8 +10,9 @@ import pytest
 
 from rlrag.model.architecture import Architecture
 from rlrag.model.attention import attend, views
+from rlrag.model.decoding import pack
 from rlrag.model.parameters import Transformer, initialize
-from rlrag.model.transformer import ACTIVATIONS, extend, gated, pack, trunk
+from rlrag.model.transformer import ACTIVATIONS, extend, gated, trunk
 from tests.episodes import VOCAB_SIZE, make_groups, pack_groups
 
 PLAIN = Architecture(

@@ -52,8 +52,9 @@ def prepare(
     update: Update, packed: Packed, params: Transformer, reference: Transformer | None, credit: Credit
 ) -> Prepared:
     program = build_prepare(
-        {"m": update.architecture}, {"m": update.objective}, {"m": "m"}, credit, packed.num_groups, packed.num_episodes
-    )
+        {"m": update.architecture}, {"m": update.objective}, {"m": "m"}, credit, packed.num_groups, packed.num_episodes,
+        update.mesh,
+    )  # fmt: skip
     num_micro = {"m": np.int32(packed.num_micro)}
     return program({"m": params}, {"m": reference}, {"m": update.put(packed.batch)}, num_micro, COEFFICIENTS)
 

@@ -236,7 +236,7 @@ def test_metrics_of_a_step_are_its_own():
 
 def test_rows_that_the_devices_cannot_share_are_named():
     class TwoShards:
-        shape = {"data": 2, "model": 1}  # noqa: RUF012
+        shape, size = {"data": 2, "model": 1}, 2
 
     update = build_update(nll())
     update.mesh = TwoShards()  # type: ignore[assignment]

@@ -18,8 +18,9 @@ import numpy as np
 from rlrag.agents.workflow import Allowed, Force, Generate, Role, Sampling, Search, Together, drive
 from rlrag.mesh import make_mesh
 from rlrag.model.architecture import Architecture
+from rlrag.model.decoding import pack
 from rlrag.model.parameters import initialize
-from rlrag.model.transformer import pack, trunk
+from rlrag.model.transformer import trunk
 from rlrag.rollout.advance import Spec
 from rlrag.rollout.decoder import Decoder
 from rlrag.rollout.engine import Engine, Play, stream_uid

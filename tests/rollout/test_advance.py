@@ -8,7 +8,7 @@ import pytest
 
 from rlrag.agents.workflow import Sampling
 from rlrag.mesh import make_mesh
-from rlrag.model.transformer import pack
+from rlrag.model.decoding import pack
 from rlrag.rollout.decoder import Decoder
 from tests.rollout.rehearsal import ARCHITECTURE, SPEC, VOCABULARY, parameters
 

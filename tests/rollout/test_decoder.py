@@ -8,7 +8,7 @@ import pytest
 
 from rlrag.agents.workflow import Allowed, Sampling
 from rlrag.mesh import make_mesh
-from rlrag.model.transformer import pack
+from rlrag.model.decoding import pack
 from rlrag.rollout.advance import ENDED, LIMITED, STOPPED, Spec
 from rlrag.rollout.decoder import CachedStream, Call, Decoder, check
 from tests.rollout.rehearsal import ARCHITECTURE, END, SPEC, VOCABULARY, decode, parameters

@@ -6,7 +6,7 @@ import pytest
 
 from rlrag.agents.workflow import Allowed, Generate, Role, Sampling, Search, Together, Tool
 from rlrag.mesh import make_mesh
-from rlrag.model.transformer import pack
+from rlrag.model.decoding import pack
 from rlrag.rollout.decoder import Decoder
 from rlrag.rollout.engine import Engine, Play
 from rlrag.trajectory import COMPLETED, FAILED, SAMPLED, SEARCH_FAILED, Example, Outcome

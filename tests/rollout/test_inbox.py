@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from rlrag.mesh import make_mesh
-from rlrag.model.transformer import pack, trunk
+from rlrag.model.decoding import pack
+from rlrag.model.transformer import trunk
 from rlrag.rollout import cache as kv
 from rlrag.rollout.advance import ENDED, LIMITED, STOPPED, Decode, Inbox, Prefill, Spec, build_advance
 from rlrag.rollout.sampling import Controls
