@@ -23,9 +23,10 @@ def run(folder, *arguments: str) -> tuple[int, str, str]:
 
 
 def test_a_plan_of_devices_that_are_not_here(tmp_path):
-    status, shown, errors = run(tmp_path, "--mesh=data:2,model:2", "--device=h200,tpu-v5p")
+    status, shown, errors = run(tmp_path, "--mesh=data:2,model:2,replica:2", "--device=h200,tpu-v5p")
     assert (status, errors) == (0, ""), "libraries, warnings and backends say nothing"
-    for part in ("4 x h200 (data 2 x model 2); parameters: policy 4,656", "4 x tpu-v5p", "all-reduce over data"):
+    mesh = "8 x h200 (replica 2 x data 2 x model 2); parameters: policy 4,656"
+    for part in (mesh, "8 x tpu-v5p", "all-reduce over data"):
         assert part in shown, part
     rows = {line.split()[0]: line.split() for line in shown.splitlines() if line}
     assert "whole" not in shown
@@ -41,7 +42,7 @@ def test_a_plan_of_devices_that_are_not_here(tmp_path):
             ["--mesh=data:2", "--device=h300"],
             "there is no device 'h300' in the table: choose tpu-v5p, h100, h200 or cpu",
         ),
-        (["--mesh=data=2"], "mesh is 'data=2': write axis:size once for each of data, model"),
+        (["--mesh=data=2"], "mesh is 'data=2': write axis:size once for each of data, model, replica"),
         (["--mesh=data:2,data:2"], "mesh is 'data:2,data:2': write axis:size once"),
         (["--mesh=data:3"], "warm_up.update.micro_rows is 4: make it a multiple of the 3 data shard(s)"),
         ([], "mesh.data is -1, all devices that there are: say how many with --mesh=data:8,model:1"),
