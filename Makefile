@@ -14,7 +14,7 @@ export UV_PYTHON_DOWNLOADS := never
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
 .PHONY: help venv minilm demo published test test-matrix pytest lint kill-points fuzz disk-full retrieval-load \
-	dense-bench memory-check load-memory parity pod bench lock
+	dense-bench memory-check load-memory parity pod plan-table bench lock
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -84,8 +84,11 @@ retrieval-load: $(INSTALLED) ## the retrieval server under load: throughput, 512
 dense-bench: $(INSTALLED) ## dense search, exact and approximate: recall and queries a second
 	$(RUN) -m tests.dense_bench
 
-memory-check: $(INSTALLED) ## predicted against measured memory of a training of some GiB (CPU)
+memory-check: $(INSTALLED) ## predicted against measured memory of four trainings of some GiB (CPU, Linux)
 	$(RUN) -m tests.memory_check
+
+plan-table: $(INSTALLED) ## docs/results/plan.md: what four published shapes take of three devices (4 min)
+	$(RUN) -m launch.plan --all --out=docs/results/plan
 
 load-memory: $(INSTALLED) ## host memory while a checkpoint of 1.5B shape is loaded (Linux; writes 3 GB of shards)
 	$(RUN) -m tests.load_memory

@@ -6,9 +6,10 @@ itself while it runs.
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from rlrag.data.task import Task, open_task, served
 from rlrag.learner import Programs
 from rlrag.mesh import DATA, MODEL, local_mesh, rows_sharding
 from rlrag.model.architecture import Architecture
-from rlrag.model.decoding import abstract_weights, parts
+from rlrag.model.decoding import abstract_weights, pack, parts
 from rlrag.model.parameters import abstract, num_parameters, shardings
 from rlrag.objectives.update import TrainState, Update
 from rlrag.packing import empty_batch
@@ -36,20 +37,78 @@ from rlrag.setup import acting_models, build_architecture, build_spec, build_sta
 # Where memory is the host's: what a training adds to its process beside arrays, most of it the compiler's (measured on
 # x86-64 with toy models, tests/memory_check.py).
 PROCESS_BYTES = 320 * 2**20
+ROLLOUT = ("pack", "advance", "prefill", "decode")  # programs of sampling; advance is prefill and decode
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a plan is of: one stage of an experiment on a mesh, its task open."""
+
+    experiment: config.Experiment
+    task: Task
+    stages: tuple[Stage, ...]
+    stage: Stage
+    a: Architecture
+    spec: Spec
+    mesh: Mesh
+
+    @property
+    def programs(self) -> Programs:
+        return Programs(self.stage, self.a, self.mesh, self.spec.num_kept)
+
+    @property
+    def acting(self) -> int:
+        """Models that speak: each has a cache, and weights in the layout of decoding."""
+        return len(acting_models(self.stages))
+
+    def resized(self, *, layers: int = 0, rows: int = 0, slots: int = 0) -> "Setting":
+        """The same with another number of layers, rows a micro-batch, slots (pages in proportion); 0: as it is."""
+        update = self.stage.settings.update
+        update = replace(update, micro_rows=rows or update.micro_rows)
+        slots = slots or self.spec.num_slots
+        pages = self.spec.num_pages * slots // self.spec.num_slots
+        return replace(
+            self,
+            stage=self.stage._replace(settings=replace(self.stage.settings, update=update)),
+            a=replace(self.a, num_layers=layers or self.a.num_layers),
+            spec=replace(self.spec, num_slots=slots, num_pages=pages),
+        )
+
+
+@dataclass(frozen=True)
+class Account:
+    """Bytes a device, from shapes and shardings alone. stays: from step to step; beside: what stands beside programs
+    while they run."""
+
+    stays: Mapping[str, int]
+    beside: Mapping[str, int]
+
+    def beside_program(self, name: str) -> int:
+        kinds = ("decode weights",) if name in ROLLOUT else ("batch",) if name == "prepare" else ("batch", "gradients")
+        return sum(self.beside[kind] for kind in kinds)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a stage will take. parts: bytes a device of what stays; temporary: bytes a device that each program needs
-    while it runs, its gradients, batch or decode weights included; compile_s: seconds, in parallel."""
+    """What a stage will take. needed: bytes a device that each program needs for itself while it runs; compile_s:
+    seconds, in parallel."""
 
     stage: str
     parameters: Mapping[str, int]  # by model
-    parts: Mapping[str, int]
-    temporary: Mapping[str, int]
+    account: Account
+    needed: Mapping[str, int]
     compile_s: Mapping[str, float]
     step_tokens: int  # at most: what the episodes of a step can hold
     row_tokens: int  # columns of a batch's rows
+
+    @property
+    def parts(self) -> Mapping[str, int]:
+        return self.account.stays
+
+    @property
+    def temporary(self) -> Mapping[str, int]:
+        """Bytes a device while each program runs: its own, and its gradients, batch or decode weights."""
+        return {name: own + self.account.beside_program(name) for name, own in self.needed.items()}
 
     @property
     def peak(self) -> int:
@@ -58,11 +117,21 @@ class Plan:
 
 def dry_run(experiment: config.Experiment, directory: Path) -> list[Plan]:
     """The plan of every stage that has steps. Raises ValueError, as training does, for what cannot work."""
+    with open_settings(experiment, directory) as settings:
+        return [plan(setting) for setting in settings]
+
+
+@contextmanager
+def open_settings(
+    experiment: config.Experiment, directory: Path, devices: Sequence[Any] | None = None
+) -> Iterator[list[Setting]]:
+    """Every stage that has steps, checked as training checks it, on the experiment's mesh of these devices (None: all
+    that there are)."""
     config.check(experiment)
     experiment = resolved(experiment, directory)
     if experiment.warm_start:
         workdir.finished(experiment)
-    mesh = open_mesh(experiment.mesh)
+    mesh = open_mesh(experiment.mesh, devices)
     with jax.set_mesh(mesh), open_remote(experiment.retriever, served(experiment), directory) as remote:
         task = open_task(experiment, directory, remote)
         stages = build_stages(experiment, task)
@@ -70,44 +139,44 @@ def dry_run(experiment: config.Experiment, directory: Path) -> list[Plan]:
         spec = build_spec(experiment, task)
         check(spec, local_mesh(mesh).shape[DATA])
         a = build_architecture(experiment, task)
-        return [plan(experiment, task, stage, stages, a, spec, mesh) for stage in stages if stage.steps]
+        yield [Setting(experiment, task, stages, stage, a, spec, mesh) for stage in stages if stage.steps]
 
 
-def plan(
-    experiment: config.Experiment, task: Task, stage: Stage, stages: tuple[Stage, ...], a: Architecture, spec: Spec,
-    mesh: Mesh,
-) -> Plan:  # fmt: skip
-    programs = Programs(stage, a, mesh, spec.num_kept)
-    acting = acting_models(stages)
-    weights, cache = abstract_weights(a, local_mesh(mesh)), abstract_cache(a, spec, local_mesh(mesh))
-    lowered = lower_update(programs, stage, mesh)
-    lowered["advance"] = lower_advance(experiment, task, a, spec, mesh, weights, cache)
-    params = {name: abstract(own, mesh) for name, own in programs.architectures.items()}
-    states = {name: abstract_state(update, params[name]) for name, update in programs.updates.items()}
-    batch = abstract_batch(programs, stage, mesh)
-    own = {name: update.own(params[name]) for name, update in programs.updates.items()}
-    gradients = max((size(gradients_of(update)) for update in programs.updates.values()), default=0)
-    compiled, seconds = compile_all(lowered)
-    needed = {name: program.memory_analysis().temp_size_in_bytes for name, program in compiled.items()}
-    batches = size(batch) * len(set(programs.reads.values()))
-    # What stands beside each program while it runs.
-    beside = {"advance": size(weights) * len(acting), "prepare": batches}
-    temporary = {name: bytes_ + beside.get(name, batches + gradients) for name, bytes_ in needed.items()}
-    process = PROCESS_BYTES if jax.default_backend() == "cpu" else 0
+def plan(setting: Setting) -> Plan:
+    """Compiles every program as it is."""
+    programs, stage = setting.programs, setting.stage
+    compiled, seconds = compile_all(lower(setting))
     return Plan(
         stage=stage.name,
         parameters={name: num_parameters(own) for name, own in programs.architectures.items()},
-        parts={
+        account=account(setting),
+        needed={name: program.memory_analysis().temp_size_in_bytes for name, program in compiled.items()},
+        compile_s=seconds,
+        step_tokens=stage.settings.questions * stage.settings.group_size * setting.task.workflow.max_tokens,
+        row_tokens=math.prod(abstract_batch(programs, stage, setting.mesh).tokens.shape),
+    )
+
+
+def account(setting: Setting) -> Account:
+    programs, mesh, acting = setting.programs, setting.mesh, setting.acting
+    params = {name: abstract(own, mesh) for name, own in programs.architectures.items()}
+    states = {name: abstract_state(update, params[name]) for name, update in programs.updates.items()}
+    own = {name: update.own(params[name]) for name, update in programs.updates.items()}
+    batch = abstract_batch(programs, setting.stage, mesh)
+    return Account(
+        stays={
             "weights": sum(map(size, params.values())),
             "references": sum(size(own[name]) for name in programs.refers),
             "optimizer": sum(size(state.opt_state) for state in states.values()),
-            "cache": size(cache) * len(acting),
-            "process": process,
+            "cache": size(abstract_cache(setting.a, setting.spec, local_mesh(mesh))) * acting,
+            # Counted only where memory is the host's.
+            "process": PROCESS_BYTES if jax.default_backend() == "cpu" else 0,
         },
-        temporary=temporary,
-        compile_s=seconds,
-        step_tokens=stage.settings.questions * stage.settings.group_size * task.workflow.max_tokens,
-        row_tokens=math.prod(batch.tokens.shape),
+        beside={
+            "decode weights": size(abstract_weights(setting.a, local_mesh(mesh))) * acting,
+            "batch": size(batch) * len(set(programs.reads.values())),
+            "gradients": max((size(gradients_of(update)) for update in programs.updates.values()), default=0),
+        },
     )
 
 
@@ -152,6 +221,21 @@ def abstract_cache(a: Architecture, spec: Spec, mesh: Mesh) -> Any:
 # -- lowering and compiling -------------------------------------------------------------------------------------------
 
 
+def lower(setting: Setting) -> dict[str, Any]:
+    """Every program of a step."""
+    return {**lower_rollout(setting), **lower_update(setting.programs, setting.stage, setting.mesh)}
+
+
+def lower_rollout(setting: Setting) -> dict[str, Any]:
+    a, spec, mesh, here = setting.a, setting.spec, setting.mesh, local_mesh(setting.mesh)
+    cut, where = parts(a, mesh.shape[MODEL]), jax.tree.map(lambda leaf: leaf.sharding, abstract_weights(a, mesh))
+    weights, cache = abstract_weights(a, here), abstract_cache(a, spec, here)
+    return {
+        "pack": jax.jit(lambda params: pack(params, a, cut), out_shardings=where).lower(abstract(a, mesh)),
+        "advance": lower_advance(setting.experiment, setting.task, a, spec, mesh, weights, cache),
+    }
+
+
 def lower_advance(experiment, task: Task, a: Architecture, spec: Spec, mesh: Mesh, weights, cache):
     states = experiment.rollout.max_stop_states
     stops, accepting = np.zeros((states, a.vocab_size), np.int16), np.zeros(states, bool)
@@ -188,15 +272,17 @@ def lower_update(programs: Programs, stage: Stage, mesh: Mesh) -> dict[str, Any]
     return lowered
 
 
-def compile_all(lowered: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, float]]:
-    """The compiled programs, and seconds of each; they are compiled side by side."""
+def compile_all(
+    lowered: Mapping[str, Any], options: Mapping[str, Any] | None = None, threads: int | None = None
+) -> tuple[dict[str, Any], dict[str, float]]:
+    """The compiled programs, and seconds of each. options: of the compiler; threads: compilations side by side."""
 
     def one(program: Any) -> tuple[Any, float]:
         begin = time.perf_counter()
-        return program.compile(), time.perf_counter() - begin
+        return program.compile(compiler_options=options and dict(options)), time.perf_counter() - begin
 
-    with ThreadPoolExecutor() as threads:
-        done = dict(zip(lowered, threads.map(one, lowered.values()), strict=True))
+    with ThreadPoolExecutor(threads) as pool:
+        done = dict(zip(lowered, pool.map(one, lowered.values()), strict=True))
     return {name: program for name, (program, _) in done.items()}, {name: s for name, (_, s) in done.items()}
 
 
@@ -215,7 +301,7 @@ def describe(plans: list[Plan]) -> str:
         lines += ["", f"{each.stage}, parameters: {models}"]
         lines += [f"  {name:<16}{mebibytes(count)}" for name, count in each.parts.items() if count]
         largest = max(each.temporary, key=lambda name: each.temporary[name])
-        what = "decode weights and" if largest == "advance" else "gradients, batch and"
+        what = "decode weights and" if largest in ROLLOUT else "gradients, batch and"
         told = f"({what} temporaries of {largest})"
         lines += [f"  {'activations':<16}{mebibytes(each.temporary[largest])}  {told}"]
         lines += [f"  {'peak a device':<16}{mebibytes(each.peak)}"]

@@ -29,8 +29,9 @@ from rlrag.rollout.engine import Engine
 OWN = ("dtype", "param_dtype", "remat", "scan_unroll", "value_head", "base", "adapters")
 
 
-def open_mesh(sizes: config.Mesh) -> jax.sharding.Mesh:
-    return make_mesh(sizes.data, sizes.model, replica=sizes.replica)
+def open_mesh(sizes: config.Mesh, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
+    """devices: None for all that there are."""
+    return make_mesh(sizes.data, sizes.model, devices, replica=sizes.replica)
 
 
 def build_stages(experiment: config.Experiment, task: Task) -> tuple[Stage, ...]:

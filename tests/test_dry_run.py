@@ -33,7 +33,7 @@ def test_what_is_planned_is_what_a_learner_holds(tmp_path):
     assert main.parts["optimizer"] == nbytes([state.opt_state for state in learner.states.values()])
     assert main.parameters["critic"] == main.parameters[POLICY] + a.embed_dim
     assert set(main.temporary) == {
-        "prepare", "accumulate policy", "accumulate critic", "apply policy", "apply critic", "advance",
+        "prepare", "accumulate policy", "accumulate critic", "apply policy", "apply critic", "pack", "advance",
     }  # fmt: skip
     assert warm_up.parts["references"] == 0
     assert main.peak > sum(main.parts.values())

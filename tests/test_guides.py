@@ -13,6 +13,7 @@ from launch import (
     convert,
     evaluate,
     evaluate_retrieval,
+    plan,
     prepare_data,
     serve_retrieval,
     study,
@@ -29,6 +30,7 @@ PROGRAMS = (
     convert,
     evaluate,
     evaluate_retrieval,
+    plan,
     prepare_data,
     serve_retrieval,
     study,
@@ -68,5 +70,7 @@ def test_the_python_runs(source, tmp_path, monkeypatch):
 def test_the_commands_parse(command, monkeypatch):
     monkeypatch.chdir(REPOSITORY)
     program, *arguments = shlex.split(command)
+    if "--" in arguments:  # a command that runs another
+        program, *arguments = arguments[arguments.index("--") + 1 :]
     arguments = [with_main_field(argument) for argument in arguments]
     parse([program, *arguments], DEFINE[program], {})

@@ -97,6 +97,11 @@ RULES = {
     "rlrag.collection": Rule("kernels rlrag", "jax numpy"),
     "rlrag.learner": Rule("kernels rlrag", "jax numpy"),
     "rlrag.dry_run": Rule("kernels rlrag", "jax numpy"),
+    "rlrag.devices": Rule("", ""),
+    "rlrag.hlo": Rule("", "numpy"),  # reads text: needs no JAX
+    "rlrag.survey": Rule("kernels.log_prob rlrag", "jax"),
+    "rlrag.plan": Rule("rlrag", "jax numpy"),
+    "rlrag.plan_report": Rule("rlrag.plan rlrag.survey rlrag.hlo rlrag.devices", "jax"),
     "rlrag.train": Rule("kernels rlrag", "jax numpy flax optax grain rich matplotlib"),
     "configs": Rule(
         "configs rlrag.recipes rlrag.config rlrag.model.architecture rlrag.data rlrag.study", "ml_collections"
@@ -104,6 +109,9 @@ RULES = {
     "launch": Rule(
         "launch configs rlrag.train rlrag.dry_run rlrag.evaluate rlrag.config rlrag.console rlrag.processes",
         "absl ml_collections jax numpy rich",
+    ),
+    "launch.plan": Rule(
+        "launch configs.scale rlrag.config rlrag.devices rlrag.survey rlrag.plan rlrag.plan_report", "absl"
     ),
     "launch.study": Rule("launch rlrag.study rlrag.results", "absl"),
     "launch.convert": Rule("launch rlrag.convert rlrag.console", "absl"),

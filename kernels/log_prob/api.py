@@ -51,6 +51,7 @@ def token_stats(
     temperature: Array | float | None = None,
     implementation: str | None = None,
     chunk_tokens: int | None = None,
+    num_devices: int = 1,
 ) -> TokenStats:
     """lse, entropy, certainty [...] and logits [..., K] of softmax(hidden @ head^T / temperature); nats, float32.
 
@@ -64,8 +65,9 @@ def token_stats(
         and it receives no gradient.
       temperature: [...] or a number; None is 1. Where it is 0 (greedy) the distribution is that at 1.
       implementation: a name, or None for the best on this platform.
-      chunk_tokens: most tokens (B * T) whose logits are held at once; None derives it from a memory budget for one
-        device, so a caller who shards B over n devices may ask for n times as many.
+      chunk_tokens: most tokens (B * T) whose logits are held at once; None derives it from a memory budget a device.
+      num_devices: over which B and V are sharded. Each has a budget of its own: chunks are as many times larger, and
+        the gradient of a head that lies over several of them is summed as many times less often.
 
     Raises:
       ValueError: shapes that do not fit, or an implementation that does not exist or cannot run here.
@@ -87,7 +89,7 @@ def token_stats(
     hidden, ids = as_rows(hidden), as_rows(ids)
     rows, tokens, _ = hidden.shape
     if chunk_tokens is None:
-        chunk_tokens = max(CHUNK_TOKENS_LEAST, _chunk_bytes() // (4 * head.shape[0]))
+        chunk_tokens = max(CHUNK_TOKENS_LEAST, num_devices * _chunk_bytes() // (4 * head.shape[0]))
     chunk = chunked.chunk_length(tokens, chunk_tokens // max(1, rows))
     stats = _token_stats(_Plan(choice, chunk), hidden, head, ids, scale)
     return jax.tree.map(lambda each: each.reshape(*shape, *each.shape[2:]), stats)

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from kernels.log_prob.api import token_stats
 from kernels.token_stats import filtered_log_prob
 from rlrag.batch import Batch
+from rlrag.mesh import MODEL
 from rlrag.model.architecture import Architecture
 from rlrag.model.parameters import Transformer
 from rlrag.model.transformer import trunk
@@ -23,13 +24,22 @@ def score(params: Transformer, a: Architecture, batch: Batch, key: jax.Array | N
     # The column before predicts; a segment's first token is observed, so no trained token looks across a boundary.
     before = jnp.pad(hidden[:, :-1], ((0, 0), (1, 0), (0, 0)))
     ids = jnp.concatenate([batch.tokens[..., None], batch.kept], -1)
-    stats = token_stats(before, params.output_head.astype(before.dtype), ids, temperature=batch.temperature)
+    head = params.output_head.astype(before.dtype)
+    stats = token_stats(before, head, ids, temperature=batch.temperature, num_devices=num_parts(head.shape[0]))
     logp = filtered_log_prob(stats.logits[..., 0], stats.lse, stats.logits[..., 1:])
     if params.value_head is None:
         value = jnp.zeros_like(logp)
     else:
         value = before.astype(jnp.float32) @ params.value_head.astype(jnp.float32)
     return Scores(logp, stats.entropy, stats.certainty, value)
+
+
+def num_parts(vocab_size: int) -> int:
+    """Over how many devices the logits of a micro-batch lie: rows over all axes but `model`, the vocabulary over it."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return 1
+    return mesh.size if vocab_size % mesh.shape[MODEL] == 0 else mesh.size // mesh.shape[MODEL]
 
 
 def no_scores(batch: Batch) -> Scores:

@@ -1,6 +1,7 @@
 """Every implementation of log_prob against float64, values and gradients, its memory, and its sharding."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -252,3 +253,18 @@ def sharded_gradient() -> None:
 
 def test_chunks_never_cross_data_shards_nor_gather_logits(run_on_devices):
     run_on_devices(sharded_gradient)
+
+
+def test_several_devices_have_a_budget_each(monkeypatch):
+    """64 tokens of 512 logits in float32 are 128 KiB: four chunks of one budget, one of four."""
+    monkeypatch.setitem(api.CHUNK_BYTES, "cpu", 2**15)
+    monkeypatch.setattr(api, "CHUNK_TOKENS_LEAST", 1)
+
+    def loops(num_devices):
+        call = functools.partial(token_stats, implementation="chunked", num_devices=num_devices)
+        shapes = jnp.zeros((1, 64, 8)), jnp.zeros((512, 8)), jnp.zeros((1, 64, 1), int)
+        return re.findall(r"length=(\d+)", str(jax.make_jaxpr(call)(*shapes)))
+
+    assert loops(1) == ["4"]
+    assert loops(2) == ["2"]
+    assert loops(4) == []

@@ -113,7 +113,7 @@ def told(monkeypatch, capsys):
         ),
         (
             [DEMO, "--config.mesh.zzz=1"],
-            "--config.mesh.zzz: Mesh has no field 'zzz'; it has: data, model",
+            "--config.mesh.zzz: Mesh has no field 'zzz'; it has: data, model, replica",
         ),
         ([DEMO, "--config.seed.x=1"], "--config.seed.x: seed is a field without parts: write --config.seed=VALUE"),
         (

@@ -4,8 +4,9 @@ import jax
 import numpy as np
 import pytest
 
+from rlrag.mesh import make_mesh
 from rlrag.model.transformer import trunk
-from rlrag.objectives.scoring import no_scores, score
+from rlrag.objectives.scoring import no_scores, num_parts, score
 from tests.episodes import make_groups, pack_groups
 from tests.objectives.learner import ARCHITECTURE, parameters
 
@@ -56,3 +57,14 @@ def test_stand_ins_have_the_shape_of_scores():
     shapes = jax.eval_shape(lambda p, b: score(p, ARCHITECTURE, b), parameters(), batch)
     for real, stand_in in zip(shapes, no_scores(batch), strict=True):
         assert (real.shape, real.dtype) == (stand_in.shape, stand_in.dtype)
+
+
+def print_parts() -> None:
+    for data, model in ((4, 2), (8, 1), (2, 4)):
+        with jax.set_mesh(make_mesh(data, model)):
+            print(num_parts(24), num_parts(26))
+
+
+def test_logits_lie_over_rows_and_over_a_vocabulary_that_divides(run_on_devices):
+    assert num_parts(24) == 1
+    assert run_on_devices(print_parts).split() == ["8", "8", "8", "8", "8", "2"]
