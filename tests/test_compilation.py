@@ -164,16 +164,15 @@ def test_every_program_is_compiled_once(reports, mesh):
 # Parameters of a layer, and the tied embedding, gathered by FSDP (with a model axis: the half a device works on).
 GATHERED = {
     "8x1": "all-gather f32[16,16] f32[16,8] f32[16,24] f32[24,16] f32[64,16]",
-    "4x2": "all-gather f32[16,8] f32[16,4] f32[16,12] f32[12,16] f32[8,16] f32[32,16] f32[64,8] f32[32,8] "
-    "collective-permute f32[32,4]",
+    "4x2": "all-gather f32[16,8] f32[16,4] f32[16,12] f32[12,16] f32[8,16] f32[32,16]",
 }
 # Partial results of the model axis: hidden states, and per token the log-sum-exp and the wanted logits. Never logits of
 # the vocabulary, which would be [192, 64].
-PARTIAL = {"8x1": "", "4x2": "all-reduce f32[192,16] f32[192] f32[192,4] all-gather f32[192,16]"}
+PARTIAL = {"8x1": "", "4x2": "all-reduce f32[192,16] f32[192] f32[192,4]"}
 # Gradients, summed over data; the sums of metrics, of which some are by role (1) and by turn (8).
 GRADIENTS = {
     "8x1": "all-reduce f32[16,16] f32[8,16] f32[16,24] f32[24,16] f32[64,16] f32[16] f32[4] f32[] f32[1] f32[8]",
-    "4x2": "all-reduce f32[16,8] f32[8,16] f32[4,16] f32[16,12] f32[12,16] f32[64,8] f32[32,16] f32[16] f32[4] f32[] "
+    "4x2": "all-reduce f32[16,8] f32[8,16] f32[4,16] f32[16,12] f32[12,16] f32[32,16] f32[16] f32[4] f32[] "
     "f32[1] f32[8]",
 }
 # Decoding, two slots a shard, and chunks of 12 tokens. The embedding, then attention and MLP of each layer, are summed

@@ -189,7 +189,10 @@ def trunk(
 
         return constrain(layer(x, weights, chosen(angles, local), a, mix, own_low, own), "rows", None), None
 
-    x = params.table[tokens.reshape(-1)].astype(a.dtype) * jnp.asarray(a.embed_scale, a.dtype)
+    # Rows of the table are whole here: a lookup in columns that lie elsewhere than the rows of tokens makes the compiler
+    # replicate what was found.
+    table = constrain(params.table, "vocab", None)
+    x = table[tokens.reshape(-1)].astype(a.dtype) * jnp.asarray(a.embed_scale, a.dtype)
     keys = None if key is None else jax.random.split(key, a.num_layers)
     xs = params.layers, low, jnp.array(a.local) if len(seen) > 1 else None, keys
     x, _ = jax.lax.scan(
