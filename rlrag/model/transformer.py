@@ -189,8 +189,8 @@ def trunk(
 
         return constrain(layer(x, weights, chosen(angles, local), a, mix, own_low, own), "rows", None), None
 
-    # Rows of the table are whole here: a lookup in columns that lie where rows of tokens do makes the compiler replicate
-    # what was found.
+    # Columns of the table are gathered first: looking tokens up in columns that lie where rows of tokens do makes the
+    # compiler replicate what was found.
     table = constrain(params.table, "vocab", None)
     x = table[tokens.reshape(-1)].astype(a.dtype) * jnp.asarray(a.embed_scale, a.dtype)
     keys = None if key is None else jax.random.split(key, a.num_layers)
