@@ -1,6 +1,7 @@
 """Held-out evaluation: greedy episodes, EM and F1 with bootstrap intervals, the searches' recall, and what it cost."""
 
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from rlrag.agents.workflow import Script, drive
 from rlrag.checkpoint import Checkpoints, load_config
 from rlrag.console import LINE_EVERY_S, Bar, bar, say
 from rlrag.data.task import Task, open_source, open_task, served
+from rlrag.mesh import make_mesh
 from rlrag.model.decoding import DecodeWeights, build_pack
 from rlrag.model.parameters import initialize, shardings
 from rlrag.recipes.recipe import Recipe
@@ -22,7 +24,7 @@ from rlrag.retrieval.service import open_remote
 from rlrag.rewards.answer import exact_match, f1
 from rlrag.rewards.paid import Paid
 from rlrag.rollout.engine import Engine, Play
-from rlrag.setup import acting_models, build_architecture, build_engine, build_stages, open_mesh
+from rlrag.setup import acting_models, build_architecture, build_engine, build_stages
 from rlrag.trajectory import Example, Group, SearchUnavailable, Trajectory
 
 CONFIDENCE = 0.95
@@ -66,7 +68,8 @@ def evaluate_checkpoint(workdir: Path, data: str, format: str | None = None) -> 
     step = checkpoints.latest() if checkpoints else None
     if checkpoints is None or step is None:
         raise ValueError(f"{workdir} holds no checkpoint yet: let the training reach its first one")
-    mesh = open_mesh(experiment.mesh)
+    # Over the devices that are here, however many it was trained on.
+    mesh = make_mesh(model=math.gcd(experiment.mesh.model, jax.device_count()))
     with jax.set_mesh(mesh), open_remote(experiment.retriever, served(experiment), None) as remote:
         task, examples = open_evaluation(experiment, workdir, data, format, remote)
         a = build_architecture(experiment, task)

@@ -42,15 +42,17 @@ def make_mesh(data: int = -1, model: int = 1, devices: Sequence[Any] | None = No
     if min(model, replica) < 1 or data_size * model * replica != count:
         asked = f"data={data} x model={model}" + (f" x replica={replica}" if replica != 1 else "")
         raise ValueError(f"mesh {asked} does not cover {count} device(s): choose sizes whose product is {count}")
+    sizes, names = ((replica,) if replica > 1 else ()) + (data_size, model), (REPLICA, DATA, MODEL)[replica == 1 :]
     # Auto is named because jax.make_mesh has begun to default to Explicit axes.
-    auto = (AxisType.Auto,) * 3
-    if replica == 1:
-        return jax.make_mesh((data_size, model), (DATA, MODEL), axis_types=auto[:2], devices=devices)
-    sizes, slices = (replica, data_size, model), {getattr(device, "slice_index", None) for device in devices}
-    if len(slices) == replica and None not in slices:  # slow links lie between slices: only replicas cross them
-        placed = mesh_utils.create_hybrid_device_mesh((1, data_size, model), (replica, 1, 1), devices)
-        return Mesh(placed, (REPLICA, DATA, MODEL), axis_types=auto)
-    return jax.make_mesh(sizes, (REPLICA, DATA, MODEL), axis_types=auto, devices=devices)
+    auto = (AxisType.Auto,) * len(names)
+    processes = len({device.process_index for device in devices})
+    own, left = divmod(count // processes, model)
+    if processes == 1 or left or processes % replica:
+        return jax.make_mesh(sizes, names, axis_types=auto, devices=devices)
+    # Each process a block: `model` rows within it, where links are fast, and replicas (slices) of whole processes.
+    inside, across = (1, own, model), (replica, processes // replica, 1)
+    placed = mesh_utils.create_hybrid_device_mesh(inside, across, devices, process_is_granule=True)
+    return Mesh(placed.reshape(sizes), names, axis_types=auto)
 
 
 def num_shards(mesh: Mesh) -> int:

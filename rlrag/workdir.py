@@ -30,8 +30,9 @@ def open_workdir(directory: Path, experiment: config.Experiment) -> None:
             f"the workdir {directory} cannot be written ({error.strerror}): choose another --workdir"
         ) from None
     new, old = config.to_dict(experiment), read(directory / "config.json")
-    if old is not None and old != new and holds_checkpoint(directory):
-        changed = differences(old, new)
+    # A run may go on over other devices: to rounding it is the same.
+    changed = [] if old is None else [text for text in differences(old, new) if not text.startswith("mesh.")]
+    if changed and holds_checkpoint(directory):
         shown = "; ".join(changed[:MOST_SHOWN]) + (
             f"; and {len(changed) - MOST_SHOWN} more" if changed[MOST_SHOWN:] else ""
         )

@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -264,7 +265,13 @@ def survives(kind: str, base: Path) -> bool:
     directory = base / f"{kind}_asked"
     statuses = ask_one(kind, directory, setting, 1, 6)
     print(f"{kind}: SIGTERM to process 1, both ended with {statuses}", flush=True)
-    return good and again(directory) and statuses == [0, 0]
+    moved = directory.with_name(f"{kind}_moved")
+    shutil.copytree(directory, moved)
+    other = Setting(1, 2, model=2)
+    run(kind, moved, other)
+    worst, _ = apart(moved, whole)
+    print(f"  started again on {other}: within {worst:.1e}, same episodes", flush=True)
+    return good and again(directory) and statuses == [0, 0] and worst <= CLOSE
 
 
 def main() -> None:

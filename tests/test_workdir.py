@@ -27,6 +27,16 @@ def test_another_configuration_may_not(tmp_path):
         open_workdir(tmp_path, Experiment(seed=4))
 
 
+def test_another_mesh_may_go_on(tmp_path):
+    run_of(tmp_path, Experiment(seed=3))
+    other = Experiment(seed=3)
+    other.mesh.data, other.mesh.model = 4, 2
+    open_workdir(tmp_path, other)
+    other.seed = 4
+    with pytest.raises(ValueError, match=r"\(seed is 3 there and 4 now\)"):
+        open_workdir(tmp_path, other)
+
+
 def test_many_differences_are_counted(tmp_path):
     run_of(tmp_path, Experiment())
     other = Experiment("other", 1, 2, "r:b", 4)
