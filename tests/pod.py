@@ -236,7 +236,8 @@ def same_as_one_device(kind: str, base: Path) -> bool:
         # Every rollout is one program; each of the two stages has an update of its own.
         once = all(each["advance"] == 1 and each["prepare"] == each["apply"] == 2 for each in compiled)
         good &= worst <= CLOSE and (once or kind in MORE)
-        what = "each program compiled once" if once else f"compiled {dict(compiled[0])}"
+        told = ", ".join(f"{name} {compiled[0][name]}" for name in ("advance", "prepare", "accumulate", "apply"))
+        what = "each program compiled once" if once else f"compiled in two stages: {told}"
         print(
             f"{kind} on {setting}: {count} numbers within {worst:.1e} of one device's, same episodes, {what}",
             flush=True,
