@@ -105,7 +105,10 @@ def explain(error: Exception) -> str | None:
 
 def ours(error: Exception) -> bool:
     """Whether this repository raised it, and so wrote it for its users."""
-    raised_at = traceback.extract_tb(error.__traceback__)[-1].filename
+    raised = traceback.extract_tb(error.__traceback__)
+    if not raised:
+        return False
+    raised_at = raised[-1].filename
     return Path(raised_at).is_relative_to(Path(__file__).parents[1]) and "site-packages" not in raised_at
 
 

@@ -24,18 +24,28 @@ def define_flags(values: flags.FlagValues, argv: Sequence[str]) -> None:
     flags.DEFINE_integer(
         "observed_tokens", 0, "Tokens of its prompt and passages; 0: half of the longest.", flag_values=values
     )
-    flags.DEFINE_bool("all", False, "The shapes of configs/scale.py on every device.", flag_values=values)
+    flags.DEFINE_bool(
+        "all",
+        False,
+        "The shapes of configs/scale.py, on meshes and devices of their own; other flags do not count.",
+        flag_values=values,
+    )
     flags.DEFINE_string("out", "", "With --all: FILE.json and FILE.md are written.", flag_values=values)
 
 
 def main(values: flags.FlagValues) -> None:
+    from launch.flags import Mistake
     from rlrag.config import check
     from rlrag.devices import find_device
 
     names = values.device
     for name in names:
         find_device(name)
+    if values.out and not values.all:
+        raise Mistake(f"--out is {values.out!r}: a table is written with --all alone")
     if not values.all:
+        if values.config is None:
+            raise Mistake("--config is missing: give --config=configs/scale.py:qwen2.5-7b, or --all")
         check(values.config)
         if values.mesh:
             values.config.mesh = parse_mesh(values.mesh)

@@ -22,14 +22,20 @@ from typing import Any, NamedTuple
 
 from absl import flags
 
-from launch.flags import Mistake, explain, run
+from launch.flags import Mistake, explain, ours, run
 
 ADDRESS, COUNT, ID = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
+COME_S = 300  # how long processes wait for each other at the start
 HEARTBEAT_S = 30  # a process of which nothing was heard for so long is taken for gone
+SPEAK_S = 3.0  # how long the first, whose end ends the others, leaves them to say what they have to say
 GRACE_S = 60.0  # how long processes have to end by themselves when one is gone
 GONE = (
     "another process of this training is gone, see what it said: the same command on every host goes on from the last "
     "checkpoint"
+)
+COME = (
+    f"the processes did not come together within {COME_S} s: start the same command on every host, and see that each "
+    "reaches the coordinator's address"
 )
 # How errors of collectives begin when a peer no longer answers.
 LOST = ("Gloo", "coordination service", "Connection closed by peer", "Connection reset by peer", "NCCL", "heartbeat")
@@ -51,6 +57,10 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_integer("num_processes", None, "How many there are.", lower_bound=1, flag_values=values)
     flags.DEFINE_integer("process_id", None, "Which one this is, from 0.", lower_bound=0, flag_values=values)
     flags.DEFINE_bool("distributed", False, "Ask JAX to find the others, as on a Cloud TPU pod.", flag_values=values)
+    flags.DEFINE_integer(
+        "asked_status", 0, "Exit status of a run that was asked to end, and saved: where 0 would mean finished.",
+        lower_bound=0, upper_bound=255, flag_values=values,
+    )  # fmt: skip
 
 
 def find_place(values: flags.FlagValues, environment: Mapping[str, str]) -> Place | None:
@@ -61,11 +71,12 @@ def find_place(values: flags.FlagValues, environment: Mapping[str, str]) -> Plac
         if missing:
             raise Mistake(f"--{missing[0]} is missing: give all of --{', --'.join(told)}, or none")
         return place(values.coordinator, values.num_processes, values.process_id, "--process_id")
-    if ADDRESS in environment and COUNT in environment:
-        index = environment.get(ID, environment.get("JOB_COMPLETION_INDEX"))
-        if index is None:
-            raise Mistake(f"{ADDRESS} is {environment[ADDRESS]!r}, but {ID} is not set: number the processes from 0")
-        return place(environment[ADDRESS], environment[COUNT], index, ID)
+    if any(name in environment for name in (ADDRESS, COUNT, ID)):
+        known = {ID: environment.get("JOB_COMPLETION_INDEX"), **environment}
+        missing = [name for name in (ADDRESS, COUNT, ID) if known.get(name) is None]
+        if missing:
+            raise Mistake(f"{missing[0]} is not set: set all of {ADDRESS}, {COUNT} and {ID} (from 0), or none")
+        return place(known[ADDRESS], known[COUNT], known[ID], ID)
     tasks = environment.get("SLURM_STEP_NUM_TASKS", "1"), environment.get("OMPI_COMM_WORLD_SIZE", "1")
     several = any(each.isdecimal() and int(each) > 1 for each in tasks)
     pod = "," in environment.get("TPU_WORKER_HOSTNAMES", "")
@@ -95,7 +106,13 @@ def joined(values: flags.FlagValues) -> Iterator[None]:
     if where is None:
         yield
         return
-    join(where)
+    who = f"process {where.index} of {where.count}" if where.coordinator else "this process"
+    print(f"{who}: waiting for the others", file=sys.stderr, flush=True)
+    silence = speak_last(f"error: {who}: {COME}")
+    try:
+        join(where, os.environ)
+    finally:
+        silence()
     from rlrag import processes
     from rlrag.console import console
 
@@ -105,39 +122,59 @@ def joined(values: flags.FlagValues) -> Iterator[None]:
         yield
     except Exception as error:
         told = explain_lost(error) or explain(error)
-        if told is None:
+        if told is None or "--traceback" in sys.argv:
             traceback.print_exc()
         silence()
-        leave(f"process {processes.index()} of {processes.count()}: {told or 'see above'}", 1)
+        leave(
+            f"process {processes.index()} of {processes.count()}: {told or 'see above'}",
+            2 - (not isinstance(error, Mistake)),
+        )
     except KeyboardInterrupt:
         silence()
         leave(f"process {processes.index()} of {processes.count()}: interrupted: {GONE.partition(': ')[2]}", 130)
     silence()
 
 
-def join(where: Place) -> None:
-    """Raises ValueError where the others do not come."""
+def join(where: Place, environment: Mapping[str, str]) -> None:
+    """Raises ValueError where that cannot be; where the others do not come JAX ends the process."""
     import jax
 
     with contextlib.suppress(AttributeError):  # SIGTERM is handled by rlrag.signals
         jax.config.update("jax_enable_preemption_service", False)
-    told = {"coordinator_address": where.coordinator, "num_processes": where.count, "process_id": where.index}
+    told: dict[str, Any] = {"local_device_ids": own_devices(environment)}
+    if where.coordinator:  # all is said: JAX's detection would look on, and warn
+        told = {"coordinator_address": where.coordinator, "num_processes": where.count, "process_id": where.index}
+        told["cluster_detection_method"] = "deactivate"
+        if where.coordinator.rpartition(":")[0] in ("127.0.0.1", "localhost"):
+            told["coordinator_bind_address"] = where.coordinator
     try:
         jax.distributed.initialize(
-            **told if where.coordinator else {}, heartbeat_timeout_seconds=HEARTBEAT_S, shutdown_timeout_seconds=60
+            **told, initialization_timeout=COME_S, heartbeat_timeout_seconds=HEARTBEAT_S, shutdown_timeout_seconds=60
         )
     except Exception as error:
         reason = str(error).strip().partition("\n")[0][:200]
         raise ValueError(
-            f"the {where.count or ''} processes did not come together at {where.coordinator or 'their coordinator'} "
-            f"({reason}): start the same command on every host, and see that they reach that address"
+            f"this process cannot take its place at {where.coordinator or 'a coordinator'} ({reason}): give a free "
+            "port of the first host in --coordinator, and --num_processes and --process_id"
         ) from error
 
 
+def own_devices(environment: Mapping[str, str]) -> list[int] | None:
+    """The GPUs of a Slurm task that has its host to itself, of which JAX would take one; None: what JAX takes."""
+    alone = environment.get("SLURM_STEP_TASKS_PER_NODE", "").partition("(")[0] == "1"
+    gpus = environment.get("SLURM_GPUS_ON_NODE", "")
+    return list(range(int(gpus))) if alone and gpus.isdecimal() else None
+
+
 def explain_lost(error: Exception) -> str | None:
-    """The line for an error of a collective that lost a peer."""
-    text = str(error)
-    return f"{GONE} ({text.splitlines()[0][:120]})" if any(mark in text for mark in LOST) else None
+    """The line for an error of a collective that lost a peer, or for one of ours that was caused by it."""
+    cause: BaseException | None = error
+    while cause is not None:
+        library = isinstance(cause, ValueError | RuntimeError) and not (isinstance(cause, Exception) and ours(cause))
+        if library and any(mark in str(cause) for mark in LOST):
+            return f"{GONE} ({str(cause).splitlines()[0][:120]})"
+        cause = cause.__cause__
+    return None
 
 
 def speak_last(text: str) -> Callable[[], None]:
@@ -165,6 +202,10 @@ def leave(text: str, status: int) -> None:
     """End without the farewells of JAX's service, which wait for the others."""
     print(f"error: {' '.join(text.split())}", file=sys.stderr, flush=True)
     sys.stdout.flush()
+    from rlrag import processes
+
+    if processes.is_first():
+        time.sleep(SPEAK_S)
     os._exit(status)
 
 
@@ -180,10 +221,9 @@ def environment_of(index: int, count: int, devices: int, port: int, base: Mappin
     """Of one process of a local run."""
     address = f"127.0.0.1:{port}"
     own = {ADDRESS: address, COUNT: str(count), ID: str(index), "JAX_COORDINATOR_BIND_ADDRESS": address}
-    if "cpu" in base.get("JAX_PLATFORMS", "cpu"):
-        own["XLA_FLAGS"] = f"{base.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}".strip()
-    else:
-        own["JAX_LOCAL_DEVICE_IDS"] = ",".join(str(index * devices + number) for number in range(devices))
+    # Each is read by its own platform alone.
+    own["XLA_FLAGS"] = f"{base.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}".strip()
+    own["JAX_LOCAL_DEVICE_IDS"] = ",".join(str(index * devices + number) for number in range(devices))
     return {**base, **own}
 
 
@@ -196,16 +236,8 @@ def free_port() -> int:
 def start(command: Sequence[str], count: int, devices: int) -> int:
     """Run `python -m command` in so many processes until they end; the first exit status that is not 0. Signals go on
     to all of them; what all but the first print is marked with their number."""
-    port, children = free_port(), []
-    for index in range(count):
-        pipe = None if index == 0 else subprocess.PIPE
-        child = subprocess.Popen(
-            [sys.executable, "-m", *command], env=environment_of(index, count, devices, port, os.environ),
-            stdout=pipe, stderr=None if pipe is None else subprocess.STDOUT, start_new_session=True,
-        )  # fmt: skip
-        children.append(child)
-        if pipe is not None:
-            threading.Thread(target=echo, args=(index, child.stdout), daemon=True).start()
+    port, echoes = free_port(), []
+    children: list[subprocess.Popen] = []
 
     def forward(number: int, _: Any) -> None:
         for child in children:
@@ -214,7 +246,20 @@ def start(command: Sequence[str], count: int, devices: int) -> int:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, forward)
-    return wait(children)
+    for index in range(count):
+        pipe = None if index == 0 else subprocess.PIPE
+        child = subprocess.Popen(
+            [sys.executable, "-m", *command], env=environment_of(index, count, devices, port, os.environ),
+            stdout=pipe, stderr=None if pipe is None else subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+        children.append(child)
+        if pipe is not None:
+            echoes.append(threading.Thread(target=echo, args=(index, child.stdout), daemon=True))
+            echoes[-1].start()
+    status = wait(children)
+    for thread in echoes:  # a child's last words come after its end
+        thread.join(timeout=2.0)
+    return status
 
 
 def wait(children: Sequence[subprocess.Popen]) -> int:

@@ -6,6 +6,7 @@ The same command goes on from the newest checkpoint in the workdir; --config.FIE
 what it will take.
 """
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -33,12 +34,20 @@ def main(values: flags.FlagValues) -> None:
     if values.compile_only:
         from rlrag.dry_run import describe, dry_run  # imports JAX, which takes seconds: a wrong value is told before
 
+        if processes.find_place(values, os.environ) is not None:
+            raise processes.Mistake(
+                "--compile_only looks at the devices of this process alone: python -m launch.plan has those of several "
+                "(--mesh=data:64,model:4), or leave out what names the others"
+            )
         print(describe(dry_run(values.config, Path(values.workdir))))
         return
     with processes.joined(values):
         from rlrag.train import train
 
-        train(values.config, Path(values.workdir))
+        try:
+            train(values.config, Path(values.workdir))
+        except SystemExit as end:  # asked to end, and everything is saved
+            raise SystemExit(end.code or values.asked_status) from None
 
 
 if __name__ == "__main__":

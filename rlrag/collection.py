@@ -146,11 +146,16 @@ def regrouped(parts: Sequence[Collected]) -> Collected:
     """Of what each process had made this one's part: the same where there are as many processes as there were."""
     if len(parts) == processes.count():
         return parts[processes.index()]
+    # What was counted is shared out as well: it will be added up again.
+    usage = {
+        name: value if averaged(name) else value / processes.count()
+        for name, value in together([part.usage for part in parts]).items()
+    }
     groups, paid, accept = (
         processes.share([item for part in parts for item in getattr(part, name)])
         for name in ("groups", "paid", "accept")
     )
-    return replace(parts[0], groups=groups, paid=paid, accept=accept)
+    return replace(parts[0], groups=groups, paid=paid, accept=accept, usage=usage)
 
 
 def first_accepted(good: Sequence[bool], count: int) -> list[bool]:
@@ -164,13 +169,23 @@ RATES = ("tokens_per_s", "lane_occupancy", "burst_waste", "search_wait_s", "sear
 RATES += ("retriever/latency_p50_s", "retriever/latency_p99_s", "retriever/servers_down")
 
 
+def averaged(name: str) -> bool:
+    """Whether what several processes say of it is averaged and not added."""
+    return (name.endswith("_s") or name in RATES) and name != "tokens_per_s"
+
+
 def together(usages: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Of the rollouts that several processes made at the same time: counts and tokens a second are added, the rest is
-    averaged."""
-    averaged = {name for name in usages[0] if name.endswith("_s") or name in RATES} - {"tokens_per_s"}
-    return {
-        name: float((np.mean if name in averaged else np.sum)([usage[name] for usage in usages])) for name in usages[0]
-    }
+    """Of the rollouts that several processes made at the same time: counts and tokens a second are added, seconds
+    averaged, rates averaged by tokens."""
+    tokens = np.array([max(usage.get("tokens", 0.0), 1e-9) for usage in usages])
+
+    def one(name: str) -> float:
+        values = np.array([usage.get(name, 0.0) for usage in usages])
+        if not averaged(name):
+            return float(values.sum())
+        return float(np.average(values, weights=tokens) if name in RATES else values.mean())
+
+    return {name: one(name) for name in dict.fromkeys(name for usage in usages for name in usage)}
 
 
 def merged(usages: Sequence[Mapping[str, float]]) -> dict[str, float]:

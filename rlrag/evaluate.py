@@ -15,7 +15,7 @@ from rlrag.agents.workflow import Script, drive
 from rlrag.checkpoint import Checkpoints, load_config
 from rlrag.console import LINE_EVERY_S, Bar, bar, say
 from rlrag.data.task import Task, open_source, open_task, served
-from rlrag.mesh import make_mesh
+from rlrag.mesh import make_mesh, num_shards
 from rlrag.model.decoding import DecodeWeights, build_pack
 from rlrag.model.parameters import initialize, shardings
 from rlrag.recipes.recipe import Recipe
@@ -70,6 +70,9 @@ def evaluate_checkpoint(workdir: Path, data: str, format: str | None = None) -> 
         raise ValueError(f"{workdir} holds no checkpoint yet: let the training reach its first one")
     # Over the devices that are here, however many it was trained on.
     mesh = make_mesh(model=math.gcd(experiment.mesh.model, jax.device_count()))
+    for name in ("num_slots", "prefill_rows", "num_pages"):
+        size, shards = getattr(experiment.rollout, name), num_shards(mesh)
+        setattr(experiment.rollout, name, -(-size // shards) * shards)
     with jax.set_mesh(mesh), open_remote(experiment.retriever, served(experiment), None) as remote:
         task, examples = open_evaluation(experiment, workdir, data, format, remote)
         a = build_architecture(experiment, task)

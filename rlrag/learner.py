@@ -38,14 +38,15 @@ class Learned(NamedTuple):
 class Programs:
     """What one stage compiles: prepare over all its models, accumulate and apply of each that learns."""
 
-    def __init__(self, stage: Stage, a: Architecture, mesh: jax.sharding.Mesh, num_kept: int):
+    def __init__(self, stage: Stage, a: Architecture, mesh: jax.sharding.Mesh, num_kept: int, seed: int = 0):
         self.stage, self.num_kept, self.num_adapters = stage, num_kept, len(a.adapters.listed)
         recipe = stage.recipe
         self.architectures = {name: architecture_of(a, recipe.learn.get(name)) for name in recipe.models}
         self.reads = {name: learn.reads or name for name, learn in recipe.learn.items()}
         self.refers = [name for name, learn in recipe.learn.items() if "ref_logp" in learn.objective.needs]
         self.updates = {
-            name: build_update(stage, self.architectures[name], learn, mesh) for name, learn in recipe.learn.items()
+            name: build_update(stage, self.architectures[name], learn, mesh, seed)
+            for name, learn in recipe.learn.items()
         }
         questions, episodes = stage.settings.questions, stage.settings.questions * stage.settings.group_size
         objectives = {name: learn.objective for name, learn in recipe.learn.items()}
@@ -77,11 +78,12 @@ class Learner:
         mesh: jax.sharding.Mesh,
         num_kept: int,
         models: Mapping[str, Transformer],
+        seed: int = 0,
     ):
         """models are taken over: what begins the stage, by name, and the reference where an objective wants one. A
-        model that is not among them begins as a copy of `policy`."""
+        model that is not among them begins as a copy of `policy`. seed: of dropout."""
         self.stage, self.max_micro = stage, stage.settings.update.max_micro
-        self.programs = programs = Programs(stage, a, mesh, num_kept)
+        self.programs = programs = Programs(stage, a, mesh, num_kept, seed)
         begun = {name: begin(models, name, own, mesh) for name, own in programs.architectures.items()}
         self.frozen = {name: params for name, params in begun.items() if name not in programs.updates}
         self.references: dict[str, Any] = {
@@ -240,7 +242,7 @@ def copied(params: Any) -> Any:
     return jax.tree.map(lambda leaf: leaf.copy(), params)
 
 
-def build_update(stage: Stage, a: Architecture, learn: Learn, mesh: jax.sharding.Mesh) -> Update:
+def build_update(stage: Stage, a: Architecture, learn: Learn, mesh: jax.sharding.Mesh, seed: int) -> Update:
     update = stage.settings.update
     o: config.Optimizer = learn.optimizer or update
     steps = stage.steps * update.minibatches * update.epochs
@@ -249,7 +251,7 @@ def build_update(stage: Stage, a: Architecture, learn: Learn, mesh: jax.sharding
         schedule, b1=o.b1, b2=o.b2, weight_decay=o.weight_decay, clip_norm=o.clip_norm,
         master=a.param_dtype != "float32",
     )  # fmt: skip
-    return Update(a, learn.objective, optimizer, schedule, mesh, learn.trains or update.trains)
+    return Update(a, learn.objective, optimizer, schedule, mesh, learn.trains or update.trains, seed)
 
 
 def minibatches(num_micro: int, count: int, seed: tuple[int, int]) -> list[list[int]]:
@@ -286,7 +288,7 @@ def describe(collected: Collected, packed: Packed) -> dict[str, tuple[float, flo
 
     values = {
         "reward": mean([total_reward(payment) for payment in payments]),
-        "fill": (packed.fill, 1.0),
+        "fill": (packed.fill, float(bool(packed.places))),
         "trained_tokens": (float((packed.batch.act > 0).sum()), 0.0),
         "left_out": (float(packed.left_out), 0.0),
         "episodes": (float(packed.num_episodes), 0.0),

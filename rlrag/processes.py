@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import jax
-from jax.experimental.multihost_utils import sync_global_devices
 
 Item = TypeVar("Item")
 
@@ -58,8 +57,9 @@ def gather(topic: str, value: Any) -> list[Any]:
 
 
 def share(items: Sequence[Item]) -> list[Item]:
-    """This process's part of what all have: a run of them, so that all parts in order are the whole."""
-    first, last = (len(items) * number // count() for number in (index(), index() + 1))
+    """This process's part of what all have: a run of them, so that all parts in order are the whole. The first process,
+    which writes, is never left without."""
+    first, last = (-(-len(items) * number // count()) for number in (index(), index() + 1))
     return [items[number] for number in range(first, last)]  # not all can be sliced
 
 
@@ -71,11 +71,11 @@ def before(numbers: Sequence[int]) -> int:
 @contextmanager
 def first_alone() -> Iterator[None]:
     """The first process does it, then the others: what it writes they read."""
-    if count() > 1 and not is_first():
-        sync_global_devices("first_alone")
+    if not is_first():
+        gather("first_alone", None)
     yield
-    if count() > 1 and is_first():
-        sync_global_devices("first_alone")
+    if is_first():
+        gather("first_alone", None)
 
 
 def _key(topic: str, number: int, process: int) -> str:

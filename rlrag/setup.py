@@ -51,7 +51,7 @@ def check_sizes(task: Task, stages: tuple[Stage, ...], mesh: jax.sharding.Mesh) 
     """Raise ValueError, naming the field and the remedy, where a training batch cannot hold the task's episodes or be
     cut over the devices: told at the start and not when the first long episode comes."""
     longest, shards = task.workflow.max_tokens, num_shards(mesh)
-    for stage in stages:
+    for stage in (stage for stage in stages if stage.steps):
         update, where = stage.settings.update, f"{stage.name}.update"
         if update.row_tokens < longest:
             raise ValueError(

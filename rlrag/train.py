@@ -171,7 +171,7 @@ def play_stages(run: Run) -> Models:
 def play_stage(run: Run, number: int, models: Models) -> Models:
     """One stage with these models; what it ends with. Its optimizer states go with it, before the next has its own."""
     stage = run.stages[number]
-    learner = Learner(stage, run.architecture, run.mesh, run.experiment.rollout.num_kept, models)
+    learner = Learner(stage, run.architecture, run.mesh, run.experiment.rollout.num_kept, models, run.experiment.seed)
     play(run, learner, number)
     if stage.name == WARM_UP and not run.experiment.warm_start:
         run.result["warm_start"] = score(run, learner.acting, "warm_start")

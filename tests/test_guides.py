@@ -15,6 +15,7 @@ from launch import (
     evaluate_retrieval,
     plan,
     prepare_data,
+    processes,
     serve_retrieval,
     study,
     train,
@@ -32,12 +33,13 @@ PROGRAMS = (
     evaluate_retrieval,
     plan,
     prepare_data,
+    processes,
     serve_retrieval,
     study,
     train,
     view,
 )
-DEFINE = {module.__name__: module.define_flags for module in PROGRAMS}
+DEFINE = {module.__name__: getattr(module, "define_runner", module.define_flags) for module in PROGRAMS}
 
 
 def blocks(language: str) -> list:
@@ -71,6 +73,8 @@ def test_the_commands_parse(command, monkeypatch):
     monkeypatch.chdir(REPOSITORY)
     program, *arguments = shlex.split(command)
     if "--" in arguments:  # a command that runs another
-        program, *arguments = arguments[arguments.index("--") + 1 :]
+        cut = arguments.index("--")
+        parse([program, *arguments[:cut]], DEFINE[program], {})
+        program, *arguments = arguments[cut + 1 :]
     arguments = [with_main_field(argument) for argument in arguments]
     parse([program, *arguments], DEFINE[program], {})

@@ -28,6 +28,7 @@ def test_shares_in_order_are_the_whole(as_one_of, items, count):
         shares.append(processes.share(items))
     assert [item for share in shares for item in share] == list(items)
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
+    assert not items or shares[0], "the first writes"
 
 
 def test_alone_a_process_hears_itself():
@@ -39,19 +40,23 @@ def test_alone_a_process_hears_itself():
 
 
 def test_episodes_made_ahead_are_dealt_out_anew_where_the_number_of_processes_changed(as_one_of):
-    parts = [Collected(3, 2, list(range(i, i + 2)), [[i]] * 2, [True, False], "cursor", {}) for i in (0, 2, 4)]
+    usage = {"tokens": 10.0, "tokens_per_s": 6.0, "device_s": 2.0, "lane_occupancy": 0.5}
+    parts = [Collected(3, 2, list(range(i, i + 2)), [[i]] * 2, [True, False], "cursor", usage) for i in (0, 2, 4)]
     as_one_of(3, 1)
     assert regrouped(parts) is parts[1]
     as_one_of(2, 1)
     found = regrouped(parts)
     assert (found.groups, found.accept, found.cursor) == ([3, 4, 5], [False, True, False], "cursor")
+    assert found.usage == {"tokens": 15.0, "tokens_per_s": 9.0, "device_s": 2.0, "lane_occupancy": 0.5}
 
 
 def test_rollouts_side_by_side_add_their_tokens():
     one = {"tokens": 10.0, "tokens_per_s": 5.0, "device_s": 2.0, "lane_occupancy": 0.5}
     two = {"tokens": 30.0, "tokens_per_s": 10.0, "device_s": 4.0, "lane_occupancy": 1.0}
-    assert together([one, two]) == {"tokens": 40.0, "tokens_per_s": 15.0, "device_s": 3.0, "lane_occupancy": 0.75}
+    assert together([one, two]) == {"tokens": 40.0, "tokens_per_s": 15.0, "device_s": 3.0, "lane_occupancy": 0.875}
     assert together([one]) == one
+    idle = {"tokens": 0.0, "lane_occupancy": 0.0}
+    assert together([idle, two])["lane_occupancy"] == pytest.approx(1.0), "one had nothing to play"
 
 
 def test_two_processes_are_one_and_survive_each_other(tmp_path):

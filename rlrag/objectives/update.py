@@ -60,13 +60,14 @@ class Update:
         schedule: optax.Schedule,
         mesh: Mesh,
         trains: str = "",
+        seed: int = 0,
     ):
-        """trains: paths of the parameters that learn (parameters.learning)."""
+        """trains: paths of the parameters that learn (parameters.learning); seed: of what dropout drops."""
         self.architecture, self.objective, self.optimizer, self.mesh = a, objective, optimizer, mesh
         self.learns = learning(a, trains)
         own, replicated = self.own(shardings(a, mesh)), NamedSharding(mesh, PartitionSpec())
         self.accumulate = jax.jit(
-            partial(accumulate, a, objective, self.learns), donate_argnums=(1, 2), out_shardings=(own, replicated)
+            partial(accumulate, a, objective, self.learns, seed), donate_argnums=(1, 2), out_shardings=(own, replicated)
         )
         self.apply = jax.jit(
             partial(apply, optimizer, schedule, self.learns), donate_argnums=0, out_shardings=(self.where(), replicated)
@@ -150,12 +151,12 @@ def reported(objective: Objective, scores, micro: Batch) -> tuple[dict, Metrics]
     return terms.losses, {**terms.metrics, **{f"loss/{name}": value for name, value in terms.losses.items()}}
 
 
-def accumulate(a, objective, learns, params, grads, sums, batch, counts, coefficients, chosen, index, step):
+def accumulate(a, objective, learns, seed, params, grads, sums, batch, counts, coefficients, chosen, index, step):
     """grads + gradient of micro-batch `index`; sums + its metrics. Each loss term is divided by its count over the
     chosen micro-batches, so the split into micro-batches changes nothing, and multiplied by its coefficient."""
     micro = select(batch, index)
     # Every micro-batch of every step drops other inputs of the adapters.
-    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(0), step), index) if a.adapters.dropout else None
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), step), index) if a.adapters.dropout else None
 
     def loss(own):
         losses, metrics = reported(objective, score(joined(own, params), a, micro, key), micro)

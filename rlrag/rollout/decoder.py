@@ -377,11 +377,13 @@ def fill(decode: Decode, row: int, stream: CachedStream) -> None:
 
 
 def check(spec: Spec, shards: int) -> None:
-    """Raise ValueError, naming the value, where the sizes cannot work."""
+    """Raise ValueError, naming the value over all processes, where the sizes cannot work."""
+    processes = jax.process_count()
     for name in ("num_slots", "num_pages", "prefill_rows"):
-        if getattr(spec, name) % shards or getattr(spec, name) < shards:
+        value = getattr(spec, name)
+        if value % shards or value < shards:
             raise ValueError(
-                f"rollout.{name} is {getattr(spec, name)}: make it a multiple of the {shards} data shard(s)"
+                f"rollout.{name} is {value * processes}: make it a multiple of the {shards * processes} data shard(s)"
             )
     if spec.max_tokens % spec.page_size:
         raise ValueError(f"rollout.max_tokens {spec.max_tokens} is not a multiple of page_size {spec.page_size}")

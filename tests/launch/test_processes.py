@@ -10,7 +10,7 @@ from absl import flags
 
 from launch import processes
 from launch.flags import Mistake
-from launch.processes import Place, define_flags, environment_of, explain_lost, find_place, wait
+from launch.processes import Place, define_flags, environment_of, explain_lost, find_place, own_devices, wait
 from tests.conftest import REPOSITORY
 
 LAUNCH = REPOSITORY / "launch"
@@ -49,7 +49,9 @@ def test_a_process_finds_its_place(arguments, environment, wanted):
         (("--coordinator=a:1",), {}, "--num_processes is missing: give all of --coordinator, --num_pro"),
         (("--coordinator=a", "--num_processes=2", "--process_id=1"), {}, "the coordinator is 'a': give host:port"),
         (("--coordinator=a:1", "--num_processes=2", "--process_id=2"), {}, "--process_id is 2, of 2 processes: number"),
-        ((), FOUR, "JAX_PROCESS_ID is not set"),
+        ((), FOUR, "JAX_PROCESS_ID is not set: set all of JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and"),
+        ((), {"JAX_COORDINATOR_ADDRESS": "a:1"}, "JAX_NUM_PROCESSES is not set"),
+        ((), {"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"}, "JAX_COORDINATOR_ADDRESS is not set"),
         ((), {**FOUR, "JAX_NUM_PROCESSES": "two", "JAX_PROCESS_ID": "0"}, "whole numbers"),
     ],
 )  # fmt: skip
@@ -63,7 +65,7 @@ def test_the_local_run_tells_each_process_its_place():
     assert found(**own) == Place("127.0.0.1:1234", 3, 1)
     assert own["JAX_COORDINATOR_BIND_ADDRESS"] == "127.0.0.1:1234", "no other machine is listened to"
     assert own["XLA_FLAGS"] == "--a=b --xla_force_host_platform_device_count=2"
-    assert environment_of(1, 3, 2, 1234, {"JAX_PLATFORMS": "cuda"})["JAX_LOCAL_DEVICE_IDS"] == "2,3"
+    assert own["JAX_LOCAL_DEVICE_IDS"] == "2,3", "on GPUs"
 
 
 def test_an_error_of_a_lost_peer_is_told_in_a_line():
@@ -71,7 +73,29 @@ def test_an_error_of_a_lost_peer_is_told_in_a_line():
     assert told is not None
     assert "another process of this training is gone" in told
     assert "\n" not in told
-    assert explain_lost(ValueError("steps is -1")) is None
+    assert explain_lost(ConnectionResetError(104, "Connection reset by peer")) is None, "a server of retrieval"
+    with pytest.raises(Mistake) as ours:
+        found(("--coordinator=NCCL", "--num_processes=2", "--process_id=1"))
+    assert explain_lost(ours.value) is None, "a name in a message of ours"
+
+
+def test_our_own_error_is_a_lost_peers_where_that_caused_it():
+    own = Mistake("checkpoint 8 cannot be written")
+    own.__cause__ = RuntimeError("UNAVAILABLE: Failed to send RPC to coordination service")
+    assert "another process of this training is gone" in (explain_lost(own) or "")
+
+
+@pytest.mark.parametrize(
+    ("environment", "wanted"),
+    [
+        ({"SLURM_STEP_TASKS_PER_NODE": "1(x4)", "SLURM_GPUS_ON_NODE": "8"}, list(range(8))),
+        ({"SLURM_STEP_TASKS_PER_NODE": "8(x4)", "SLURM_GPUS_ON_NODE": "8"}, None),  # one each, which JAX finds
+        ({"SLURM_STEP_TASKS_PER_NODE": "1"}, None),
+        ({}, None),
+    ],
+)
+def test_a_task_that_has_its_host_to_itself_has_all_its_gpus(environment, wanted):
+    assert own_devices(environment) == wanted
 
 
 LEAVES = """
@@ -126,4 +150,5 @@ def test_the_launch_files_say_what_the_code_reads():
     assert container["ports"] == [{"containerPort": 8476}]
     script = LAUNCH / "slurm.sbatch"
     subprocess.run(["bash", "-n", script], check=True)
-    assert '-m launch.train "$@"' in script.read_text()
+    for text in (script.read_text(), " ".join(container["args"])):
+        assert "--asked_status=75" in text, "to a scheduler 0 is finished"
