@@ -127,7 +127,7 @@ def joined(values: flags.FlagValues) -> Iterator[None]:
         silence()
         leave(
             f"process {processes.index()} of {processes.count()}: {told or 'see above'}",
-            2 - (not isinstance(error, Mistake)),
+            2 if isinstance(error, Mistake) else 1,  # as launch.flags.run
         )
     except KeyboardInterrupt:
         silence()
