@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from kernels.dispatch import current_platform
 from kernels.uncertainty.api import uncertainty
 from rlrag.mesh import DATA, MODEL
 from rlrag.model.architecture import Architecture
@@ -23,10 +24,12 @@ from rlrag.model.attention import attend, views
 from rlrag.model.decoding import WHOLE, DecodeWeights, Parts, abstract_weights, parts
 from rlrag.model.transformer import extend, vocabulary_logits
 from rlrag.rollout import cache as kv
+from rlrag.rollout import paged
 from rlrag.rollout.cache import Cache
 from rlrag.rollout.sampling import Array, Controls, sample
 
 RUNNING, STOPPED, ENDED, LIMITED = 0, 1, 2, 3  # why a slot's burst is over
+VIEW, PAGES = "view", "pages"  # what a burst works on: a contiguous view gathered before it, or the pages themselves
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,7 @@ class Spec:
     prefill_chunk: int  # tokens a row and chunk
     prefill_chunks: int  # chunks a round at most
     num_kept: int  # capacity of filtered sets (top-k, top-p, allowed ids); 0: filters cannot be used
+    decode: str = ""  # on VIEW or PAGES; empty: as suits the platform
 
     @property
     def kept_width(self) -> int:
@@ -52,6 +56,12 @@ class Spec:
     @property
     def pages_per_stream(self) -> int:
         return self.max_tokens // self.page_size
+
+    @property
+    def on_pages(self) -> bool:
+        way = self.decode or (VIEW if current_platform() == "cpu" else PAGES)
+        assert way in (VIEW, PAGES), way
+        return way == PAGES
 
 
 class Prefill(NamedTuple):
@@ -105,7 +115,7 @@ class Burst:
 
     step: jax.Array
     most: jax.Array  # slots that run still, on the shard that has most of them
-    view: Cache
+    view: Cache  # or the store itself
     token: jax.Array
     stop_state: jax.Array
     reason: jax.Array
@@ -156,7 +166,9 @@ def burst(
     """Decode until every slot has stopped or `spec.burst` steps are done."""
     B, N = inbox.token.shape[0], spec.burst
     keys = jax.vmap(partial(jax.random.fold_in, root))(inbox.stream)
-    view = Cache(*(tuple(kv.gather(store, inbox.table, spec.page_size) for store in half) for half in cache))
+    view = cache
+    if not spec.on_pages:
+        view = Cache(*(tuple(kv.gather(store, inbox.table, spec.page_size) for store in half) for half in cache))
 
     def running(reason: jax.Array) -> jax.Array:
         return agreed(jnp.sum(reason == RUNNING, dtype=jnp.int32), cut)
@@ -172,11 +184,14 @@ def burst(
         target = jnp.where(live, position, spec.max_tokens)[:, None]
         key_view, value_view = list(s.view.keys), list(s.view.values)
 
-        def mix(number: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        def mix_view(number: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
             key_view[number] = kv.write(key_view[number], target, k)
             value_view[number] = kv.write(value_view[number], target, v)
             return attend(q, key_view[number], value_view[number], seen[a.local[number]], a.attention_scale or None)
 
+        mix = mix_view
+        if spec.on_pages:
+            mix = paged.mixer(key_view, value_view, inbox.table, position, live, spec.page_size, a)
         hidden = extend(weights, a, s.token[:, None], position[:, None], mix, inbox.adapters, cut)[:, 0]
         logits = vocabulary_logits(weights, hidden, cut)
         controls = inbox.controls._replace(allowed=s.allowed)
@@ -223,6 +238,8 @@ def burst(
     missing = spec.kept_width - spec.num_kept
     emitted = emitted._replace(kept=jnp.pad(emitted.kept, ((0, 0), (0, 0), (0, missing)), constant_values=-1))
 
+    if spec.on_pages:
+        return s.view, emitted
     # A live slot cached the token at `position` and all it emitted but the newest: `count` tokens from `position` on.
     positions = inbox.position[:, None] + jnp.arange(N)
     index = kv.token_index(inbox.table, positions, spec.page_size)

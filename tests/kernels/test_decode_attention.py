@@ -17,7 +17,7 @@ PLAIN, KERNELS = ("reference", "blocked"), ("mosaic_gpu", "mosaic_tpu")
 
 
 class Case(NamedTuple):
-    """A store and who looks at it. Sizes are the smallest that cross pages, tiles (64), parts and the ring of stages."""
+    """A store and who looks at it. Sizes are the smallest that cross pages, tiles of 64, parts and the ring of tiles."""
 
     lengths: tuple[int, ...] = (0, 1, 63, 64, 65, 190)
     heads: int = 4
