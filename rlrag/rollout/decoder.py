@@ -15,11 +15,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from rlrag.agents.workflow import Allowed, Sampling
-from rlrag.mesh import DATA, MODEL
+from rlrag.mesh import DATA
 from rlrag.model.architecture import Architecture
-from rlrag.model.decoding import DecodeWeights, parts
+from rlrag.model.decoding import DecodeWeights
 from rlrag.rollout import advance as device
-from rlrag.rollout import cache as kv
 from rlrag.rollout.advance import Decode, Inbox, Outbox, Prefill, Spec
 from rlrag.rollout.pages import ROOT, Pages, chain
 from rlrag.rollout.sampling import Controls
@@ -40,10 +39,7 @@ class Decoder:
         self._stops_on_device: tuple[int, tuple[jax.Array, jax.Array]] | None = None
         self.advance = device.build_advance(spec, a, end_id, mesh)
         with jax.set_mesh(mesh):
-            heads = parts(a, mesh.shape[MODEL]).num_kv_heads(a)
-            self._cache = jax.jit(
-                lambda: kv.empty(a, spec.num_pages, spec.page_size, spec.num_slots, spec.max_tokens, heads)
-            )()
+            self._cache = jax.jit(lambda: device.empty_cache(a, spec, mesh))()
         self.pages = [Pages(spec.num_pages // self.shards, spec.page_size) for _ in range(self.shards)]
         slots = spec.num_slots // self.shards
         self._slots: list[list[CachedStream | None]] = [[None] * slots for _ in range(self.shards)]

@@ -8,8 +8,7 @@ import pytest
 from rlrag.mesh import make_mesh
 from rlrag.model.decoding import pack
 from rlrag.model.transformer import trunk
-from rlrag.rollout import cache as kv
-from rlrag.rollout.advance import ENDED, LIMITED, STOPPED, Decode, Inbox, Prefill, Spec, build_advance
+from rlrag.rollout.advance import ENDED, LIMITED, STOPPED, Decode, Inbox, Prefill, Spec, build_advance, empty_cache
 from rlrag.rollout.sampling import Controls
 from tests.rollout.rehearsal import ARCHITECTURE, parameters
 
@@ -32,7 +31,7 @@ def program():
 
     def run(inbox: Inbox, stops=None, accepting=None):
         # A number that would be seen in every result stands wherever nothing was written.
-        empty = kv.empty(ARCHITECTURE, SPEC.num_pages, SPEC.page_size, SPEC.num_slots, SPEC.max_tokens)
+        empty = empty_cache(ARCHITECTURE, SPEC, mesh)
         cache = jax.tree.map(lambda store: jnp.full_like(store, UNWRITTEN), empty)
         table = np.zeros((4, 64), np.int16) if stops is None else stops
         ends = np.zeros(4, bool) if accepting is None else accepting
