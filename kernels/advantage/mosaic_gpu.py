@@ -1,9 +1,9 @@
 """Hopper kernel: a warpgroup a row walks backwards over chunks of tokens; each is read once and leaves as advantages.
 
 Inside a chunk the recurrence is solved in log2(tokens) doubling steps (Hillis & Steele 1986), each of which reads the
-pairs (b, c) of later tokens from shared memory; what a chunk hands to the one before it is one number. Moments are taken
-of each chunk in registers and merged. Bound by memory: 24 bytes a token. Checked in the interpreter and lowered for CUDA
-in the tests; not run on hardware.
+pairs (b, c) of later tokens from shared memory; what a chunk hands to the one before it is one number. Moments are
+taken of each chunk in registers and merged. Bound by memory: 24 bytes a token. Checked in the interpreter and lowered
+for CUDA in the tests; not run on hardware.
 
 Tiles are looked up as "advantage", by rows and tokens.
 """

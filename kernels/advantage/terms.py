@@ -5,9 +5,9 @@ V_t and A_t = delta_t + gamma lam A_next (Schulman et al. 2016, arXiv 1506.02438
 
     A_t = r_t - V_t + S_next        S_t = gamma ((1 - lam) V_t + lam r_t) + gamma lam S_next
 
-so that one recurrence gives both the values and the advantages of the actions behind. An observed token hands on what it
-is given (b = 0, c = 1), the last token of a segment is given nothing (c = 0). With V = 0 and lam = 1, A is the return.
-"""
+so that one recurrence gives both the values and the advantages of the actions behind. An observed token hands on what
+it is given (b = 0, c = 1), the last token of a segment is given nothing (c = 0). With V = 0 and lam = 1, A is the
+return. """
 
 from typing import NamedTuple
 
@@ -48,7 +48,7 @@ class Advantages(NamedTuple):
 
 
 def structure(act: Array, segment: Array, following: Array) -> tuple[Array, Array]:
-    """Is an action; is followed by a token of its own segment. following: the segment of the next token, 0 at the end."""
+    """Is an action; is followed by a token of its own segment. following: segment of the next token, 0 at the end."""
     inside = segment > 0
     return (act > 0) & inside, inside & (following == segment)
 

@@ -49,8 +49,8 @@ def sample(
 
     The token is the one with the smallest id (in a filtered set: the best) whose cumulative probability exceeds
     ``uniform``: it depends on the row's logits and its number alone, never on other rows, and implementations differ by
-    the rounding of the sums at most. Margin is that of margin sampling (Scheffer et al. 2001): the difference of the two
-    largest probabilities, 0 for a tie and 1 where only one token is possible. Log-prob is computed by
+    the rounding of the sums at most. Margin is that of margin sampling (Scheffer et al. 2001): the difference of the
+    two largest probabilities, 0 for a tie and 1 where only one token is possible. Log-prob is computed by
     ``token_stats.filtered_log_prob``, which the learner uses too. Not differentiable by contract: it describes samples.
 
     Unfiltered rows are drawn by the implementation in its one read. Where a batch has any filtered row, the K best

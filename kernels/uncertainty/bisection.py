@@ -26,6 +26,7 @@ def first_above(weights: Array, index: Array, target: Array, size: int, total: R
       total: the sum of the entries of each row.
     """
     everything = total(weights)
+    target = jnp.maximum(target, 0.0)  # rounding may put it before the first entry
 
     def halve(_, borders: tuple[Array, Array]) -> tuple[Array, Array]:
         low, high = borders

@@ -27,7 +27,7 @@ def draw(
     logits: Array, uniform: Array, scale: Array, greedy: Array, masked: bool = True, chunk_bytes: int = CHUNK_BYTES
 ) -> Drawn:
     """As ``reference.draw``; masked=False saves the passes over each chunk that look for -inf."""
-    rows, vocabulary = logits.shape
+    vocabulary = logits.shape[1]
     num_chunks = 1 << (max(1, -(-4 * logits.size // chunk_bytes)) - 1).bit_length()
     width = max(vocabulary // num_chunks // BLOCK, 1) * BLOCK
     tables = [_whole_chunks(logits, scale, masked, width)] if vocabulary >= width else []

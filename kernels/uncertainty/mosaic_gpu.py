@@ -2,7 +2,7 @@
 
     tile by tile     max, then the sums of the monoid relative to it, merged by ``token_stats.combine``; the largest two
                      logits at every place of a tile; a table of the tiles' sums, in registers
-    at the end       the table says in which tile the token is (a greedy one: the tile of the largest logit); that tile is
+    at the end       the table says in which tile the token is (a greedy one: that of the largest logit); this tile is
                      read again, 3 % of V = 151,936 at the default width, and bisected down to the token
 
 Bisection because Mosaic has no cumulative sum: each step is one masked sum, monotone in the border also in float32.
@@ -150,7 +150,7 @@ def _row(logits, uniform, scale, greedy, token, logit, lse, entropy, certainty, 
     z = load(tile, jnp.int32(0))
     index = line * LANES + lax.broadcasted_iota(jnp.int32, shape, 1)
     before = jnp.sum(jnp.where(place < tile, weights, 0.0))
-    remaining = jnp.maximum(target - before, 0.0)
+    remaining = target - before
     drawn = first_above(jnp.exp(z - offset), index, remaining, lines * LANES, jnp.sum)
     inside = jnp.where(is_greedy, first_true(z == maximum, index, jnp.max), drawn)
 

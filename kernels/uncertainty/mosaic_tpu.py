@@ -120,7 +120,7 @@ def _rows(logits, uniform, scale, greedy, token, logit, lse, entropy, certainty,
     drawn_tile = first_above(weights, place, target, num_tiles, total)
     tile = jnp.where(is_greedy, first_true(tops == maximum, place, greatest), drawn_tile)
     z = lax.fori_loop(0, num_tiles, lambda number, found: jnp.where(tile == number, load(number), found), lowest)
-    remaining = jnp.maximum(target - total(jnp.where(place < tile, weights, 0.0)), 0.0)
+    remaining = target - total(jnp.where(place < tile, weights, 0.0))
     drawn = first_above(jnp.exp(z - offset), index, remaining, width, total)
     inside = jnp.where(is_greedy, first_true(z == maximum, index, greatest), drawn)
 

@@ -93,7 +93,7 @@ def token_rewards(batch: Batch, rewards: jax.Array) -> jax.Array:
 
 
 def whitened(values: jax.Array, mask: jax.Array, moments: Moments, epsilon: float = 1e-8) -> jax.Array:
-    """(x - mean) / sqrt(variance + epsilon) over the tokens where mask is 1, 0 at the others; moments: theirs by row."""
+    """(x - mean) / sqrt(variance + epsilon) where mask is 1, 0 elsewhere; moments: of these tokens, by row."""
     count, mean, spread = moments.merged()
     return jnp.where(mask > 0, values - mean, 0.0) * jax.lax.rsqrt(spread / jnp.maximum(count, 1) + epsilon)
 
