@@ -6,6 +6,7 @@ Implementations of one row are timed in turn within one loop, so that a slow min
 
 import argparse
 import datetime
+import functools
 import os
 import statistics
 import sys
@@ -127,7 +128,7 @@ def advantage_case(spec: RecurrenceSpec, platform: str) -> Case:
     segment = jnp.broadcast_to(1 + jnp.arange(spec.tokens) // 512, rewards.shape)
 
     def gae(name: str) -> Callable:
-        return lambda *arguments: advantage_api.gae(*arguments, 0.99, 0.95, implementation=name)
+        return functools.partial(advantage_api.gae, gamma=0.99, lam=0.95, implementation=name)
 
     functions = {name: gae(name) for name in _runs_here(advantage_api.IMPLEMENTATIONS, platform)}
     arguments = (rewards, values, act, segment)

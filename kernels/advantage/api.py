@@ -93,7 +93,8 @@ def _dispatched(
         raise ValueError(f"rewards, act, segment and values must all be [B, T], got {', '.join(map(str, given))}")
     rows, tokens = rewards.shape
     choice = dispatch.choose("advantage", IMPLEMENTATIONS, implementation, rows=rows, tokens=tokens)
-    floats = rewards, values, jnp.asarray(gamma), jnp.asarray(lam)
-    rewards, values, gamma, lam = (None if each is None else each.astype(jnp.float32) for each in floats)
-    arguments = rewards, values, act.astype(jnp.int32), segment.astype(jnp.int32), gamma, lam
+    values = None if values is None else values.astype(jnp.float32)
+    integers = (each.astype(jnp.int32) for each in (act, segment))
+    discounts = (jnp.asarray(each, jnp.float32) for each in (gamma, lam))
+    arguments = rewards.astype(jnp.float32), values, *integers, *discounts
     return dispatch.call(IMPLEMENTATIONS, choice, lambda run: run, *arguments)

@@ -75,7 +75,7 @@ def _row(rewards, act, segment, *rest, chunk: int, has_values: bool) -> None:
         handed_on, segment_behind, total = carry
         here = pl.ds((num_chunks - 1 - number) * chunk, chunk)
         reward, acts, segments = (_single(each[row, here]) for each in (rewards, act, segment))
-        value = _single(values[row, here]) if has_values else 0.0
+        value = 0.0 if values is None else _single(values[row, here])
         segment_of[pl.ds(0, chunk)] = segments
         segment_of[behind_chunk] = jnp.full(chunk, segment_behind)
         action, continues = structure(acts, segments, later(segment_of, 1))

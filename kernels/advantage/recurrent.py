@@ -28,9 +28,9 @@ def gae(
       gamma, lam: float32 [].
     """
     action, continues = structure(act, segment, _later(segment))
-    values = 0.0 if values is None else values
-    behind = _later(recurrence(*handed(rewards, values, action, continues, gamma, lam)))
-    advantage, target = advantages(rewards, values, action, continues, behind)
+    value = 0.0 if values is None else values
+    behind = _later(recurrence(*handed(rewards, value, action, continues, gamma, lam)))
+    advantage, target = advantages(rewards, value, action, continues, behind)
     count = action.sum(-1, dtype=jnp.float32)
     mean = advantage.sum(-1) / jnp.maximum(count, 1)
     spread = jnp.where(action, jnp.square(advantage - mean[:, None]), 0).sum(-1)

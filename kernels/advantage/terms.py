@@ -7,7 +7,8 @@ V_t and A_t = delta_t + gamma lam A_next (Schulman et al. 2016, arXiv 1506.02438
 
 so that one recurrence gives both the values and the advantages of the actions behind. An observed token hands on what
 it is given (b = 0, c = 1), the last token of a segment is given nothing (c = 0). With V = 0 and lam = 1, A is the
-return. """
+return.
+"""
 
 from typing import NamedTuple
 

@@ -65,11 +65,12 @@ def _whole_chunks(logits: Array, scale: Array, masked: bool, width: int) -> tupl
 
     def step(merged: TokenSums, start: Array) -> tuple[TokenSums, tuple[Array, Array, Array]]:
         sums, *table = _chunk(lax.dynamic_slice_in_dim(logits, start, width, axis=1), scale, masked)
-        return monoid.combine(merged, sums), tuple(table)
+        return monoid.combine(merged, sums), (table[0], table[1], table[2])
 
     starts = jnp.arange(0, vocabulary - width + 1, width)
     sums, tables = lax.scan(step, monoid.empty((rows,), 0), starts)
-    return sums, *(jnp.moveaxis(each, 0, 1).reshape(rows, -1) for each in tables)
+    maximum, exponentials, maxima = (jnp.moveaxis(each, 0, 1).reshape(rows, -1) for each in tables)
+    return sums, maximum, exponentials, maxima
 
 
 def _chunk(logits: Array, scale: Array, masked: bool) -> tuple[TokenSums, Array, Array, Array]:

@@ -67,11 +67,19 @@ def largest(logits: Array, number: int) -> tuple[Array, Array]:
 
     The ``number`` largest lie in the ``number`` blocks of largest maximum, because each of these holds one entry that
     is no smaller than all outside. Ties go to the smaller id at both levels, as in ``lax.top_k``, since the blocks
-    chosen are put back in order. On CPU the one-level form costs 1.5 times the whole draw (docs/LOG.md). """ rows,
-    vocabulary = logits.shape places = min(number, vocabulary) block = 1 << round(math.log2(max(vocabulary / max(places,
-    1), 1)) / 2)  # about as many blocks as candidates if vocabulary % block or 4 * block * places > vocabulary: values,
-    ids = lax.top_k(logits, places) else: blocks = logits.reshape(rows, -1, block) _, chosen = lax.top_k(blocks.max(-1),
-    places) chosen = jnp.sort(chosen, -1) candidates = jnp.take_along_axis(blocks, chosen[:, :, None],
-    axis=1).reshape(rows, -1) values, at = lax.top_k(candidates, places) ids = jnp.take_along_axis(chosen, at // block,
-    -1) * block + at % block unused = ((0, 0), (0, number - places)) return jnp.pad(values, unused,
-    constant_values=-jnp.inf), jnp.pad(ids, unused, constant_values=-1)
+    chosen are put back in order. On CPU the one-level form costs 1.5 times the whole draw (docs/LOG.md).
+    """
+    rows, vocabulary = logits.shape
+    places = min(number, vocabulary)
+    block = 1 << round(math.log2(max(vocabulary / max(places, 1), 1)) / 2)  # about as many blocks as candidates
+    if vocabulary % block or 4 * block * places > vocabulary:
+        values, ids = lax.top_k(logits, places)
+    else:
+        blocks = logits.reshape(rows, -1, block)
+        _, chosen = lax.top_k(blocks.max(-1), places)
+        chosen = jnp.sort(chosen, -1)
+        candidates = jnp.take_along_axis(blocks, chosen[:, :, None], axis=1).reshape(rows, -1)
+        values, at = lax.top_k(candidates, places)
+        ids = jnp.take_along_axis(chosen, at // block, -1) * block + at % block
+    unused = ((0, 0), (0, number - places))
+    return jnp.pad(values, unused, constant_values=-jnp.inf), jnp.pad(ids, unused, constant_values=-1)
