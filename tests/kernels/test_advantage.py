@@ -54,6 +54,7 @@ def packed(seed: int, rows: int = 9, tokens: int = 384):
             length, name = rng.choice([1, 5, 64, 128, 200]), name + 1
             segment[row, t : min(t + length, end)] = name
             t += length
+    segment[-1] = name + 1  # one segment from the first token to the last
     act = rng.integers(0, 3, segment.shape)  # 0 observed, 1 sampled, 2 forced; padding may carry anything
     rewards, values = rng.normal(size=(2, *segment.shape)).astype(np.float32)
     return rewards, values, act, segment
