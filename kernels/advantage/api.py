@@ -24,8 +24,8 @@ from kernels.dispatch import Implementation
 Array = jax.Array
 
 # In order of preference. A scan is T small steps: on an accelerator T launches, on CPU a loop without overhead that
-# beats the log-depth form (64 x 4,096: 1.4 against 2.0 ms) and blocks solved side by side (1.8 ms). The kernels are chosen by name until a table measured on their hardware
-# says that they win.
+# beats the log-depth form (64 x 4,096: 1.4 against 2.0 ms) and blocks solved side by side (1.8 ms). The kernels are
+# chosen by name until a table measured on their hardware says that they win.
 IMPLEMENTATIONS = {
     "mosaic_gpu": Implementation(mosaic_gpu.gae, platforms=("cuda",), automatic=(), refuses=mosaic_gpu.refuses),
     "mosaic_tpu": Implementation(mosaic_tpu.gae, platforms=("tpu",), automatic=(), refuses=mosaic_tpu.refuses),
