@@ -62,7 +62,7 @@ def sample(
       temperature: [B]; 0 is greedy, takes the first of the largest logits, and is reported at temperature 1.
       filters: the K of its allowed ids caps filtered sets; with K = 0 nothing can be filtered.
       masked: whether -inf logits may occur. A sampler that lists its allowed ids in ``filters`` passes False and saves
-        a tenth of the time; a -inf logit then counts as a vocabulary entry, which makes certainty infinite.
+        the passes that look for them; a -inf logit then counts as a vocabulary entry, which makes certainty infinite.
       implementation: a name, or None for the best on this platform.
 
     Raises:

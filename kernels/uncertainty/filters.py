@@ -67,7 +67,7 @@ def largest(logits: Array, number: int) -> tuple[Array, Array]:
 
     The ``number`` largest lie in the ``number`` blocks of largest maximum, because each of these holds one entry that
     is no smaller than all outside. Ties go to the smaller id at both levels, as in ``lax.top_k``, since the blocks
-    chosen are put back in order. On CPU the one-level form costs 1.5 times the whole draw (docs/LOG.md).
+    chosen are put back in order. On CPU the one-level form costs 2.5 times the whole draw (docs/LOG.md).
     """
     rows, vocabulary = logits.shape
     places = min(number, vocabulary)
