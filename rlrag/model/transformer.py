@@ -186,7 +186,9 @@ def trunk(
             q = constrain(q, "rows", None, "heads", None)
             k, v = (constrain(x, "rows", None, "kv_heads", None) for x in (k, v))
             scale = a.attention_scale or a.head_dim**-0.5
-            return attend(q * jnp.asarray(scale, q.dtype), k, v, chosen(seen, local), axes_of("rows"), axes_of("kv_heads"))
+            return attend(
+                q * jnp.asarray(scale, q.dtype), k, v, chosen(seen, local), axes_of("rows"), axes_of("kv_heads")
+            )
 
         return constrain(layer(x, weights, chosen(angles, local), a, mix, own_low, own), "rows", None), None
 
