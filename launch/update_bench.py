@@ -1,10 +1,10 @@
 """Update throughput on packed rows against padded ones: python -m launch.update_bench
 
-The same episodes (groups of answers to one prompt, documents between their parts; random weights and tokens) are learned
-from twice: packed, several streams a row and a group's prompt once, and padded, every stream a row of its own as long
-as the longest. Both ways run the same programs: prepare, accumulate over all micro-batches, apply. Useful tokens are
-those of the streams, each counted whole, so that both have equally many. Runs are interleaved; the ratio is taken
-within each round, and the gradients of the two ways are held against each other.
+The same episodes (groups of answers to one prompt, documents between their parts; random weights and tokens) are
+learned from twice: packed, several streams a row and a group's prompt once, and padded, every stream a row of its own
+as long as the longest. Both ways run the same programs: prepare, accumulate over all micro-batches, apply. Useful
+tokens are those of the streams, each counted whole, so that both have equally many. Runs are interleaved; the ratio
+is taken within each round, and the gradients of the two ways are held against each other.
 """
 
 import datetime

@@ -290,36 +290,44 @@ def arrange(families: Sequence[Family], shape: Shape) -> list[Piece]:
 
 
 def arranged(families: Sequence[Family], shape: Shape, least: int) -> list[Piece]:
-    """Best fit decreasing: a family goes where the least room stays; where it fits nowhere as a whole, `least` streams of
-    it or more go where most of them fit, and else as many as fit into a new row."""
-    room: list[tuple[int, int]] = []  # of each open row: columns, segments
+    """Best fit decreasing: a family goes where the least room stays. Where it fits nowhere as a whole, `least` of its
+    streams or more go where most of them fit, and else as many as fit into a new row."""
+    smallest = min((item.stream.num_tokens for family in families for item in family.items), default=0)
+    room: dict[int, tuple[int, int]] = {}  # of each row that holds something more: columns, segments
     pieces: list[Piece] = []
+    num_rows = 0
     for family in families:
         remaining = family.items
         while remaining:
-            fitting = [beginning(remaining, family.shared, *each) for each in room]
-            most = max((len(each.items) for each in fitting), default=0)
+            shortest = remaining[-1].stream.num_tokens
+            able = [chosen(remaining, family.shared, row, *each) for row, each in room.items() if each[0] >= shortest]
+            most = max((len(piece.items) for piece in able), default=0)
             if most < min(least, len(remaining)):
-                room.append((shape.tokens, shape.max_segments - 1))
-                fitting.append(beginning(remaining, family.shared, *room[-1]))
-                most = len(fitting[-1].items)
-            able = [row for row, each in enumerate(fitting) if len(each.items) == most]
-            row = min(able, key=lambda row: (room[row][0] - fitting[row].size[0], row))
-            piece = fitting[row]._replace(row=row)
-            columns, segments = piece.size
-            room[row] = room[row][0] - columns, room[row][1] - segments
+                room[num_rows] = shape.tokens, shape.max_segments - 1
+                able = [chosen(remaining, family.shared, num_rows, *room[num_rows])]
+                num_rows, most = num_rows + 1, len(able[0].items)
+            able = [piece for piece in able if len(piece.items) == most]
+            piece = min(able, key=lambda piece: (room[piece.row][0] - piece.size[0], piece.row))
+            columns, segments = (had - took for had, took in zip(room.pop(piece.row), piece.size))
+            if columns >= smallest and segments:
+                room[piece.row] = columns, segments
             pieces.append(piece)
-            remaining = remaining[most:]
+            taken = {id(item) for item in piece.items}
+            remaining = [item for item in remaining if id(item) not in taken]
     return pieces
 
 
-def beginning(items: list[Item], shared: int, columns: int, segments: int) -> Piece:
-    """As many of the first streams as that much room holds: behind their prefix if there are two, else one alone."""
-    sizes = np.cumsum([item.stream.num_tokens - shared for item in items[: max(1, segments - 1)]]) + shared
-    count = int(np.searchsorted(sizes, columns, side="right")) if segments > 1 else 0
-    if shared and count > 1:
-        return Piece(-1, items[:count], shared)
-    return Piece(-1, items[:1] if items[0].stream.num_tokens <= columns and segments else [], 0)
+def chosen(items: list[Item], shared: int, row: int, columns: int, segments: int) -> Piece:
+    """As many streams, the longest first, as that much room holds: behind their prefix if there are two, else one."""
+    alone = next((item for item in items if item.stream.num_tokens <= columns), None)
+    if alone is None:
+        return Piece(row, [], 0)
+    found, left = [], columns - shared
+    for item in items if shared else ():
+        if item.stream.num_tokens - shared <= left and len(found) < segments - 1:
+            found.append(item)
+            left -= item.stream.num_tokens - shared
+    return Piece(row, found, shared) if len(found) > 1 else Piece(row, [alone], 0)
 
 
 def write(piece: Piece, rows: _Rows, roles: Mapping[str, int], places: list[Place]) -> None:

@@ -1,7 +1,7 @@
-"""cuDNN's flash attention (GPU, bfloat16 and float16), through ``jax.nn.dot_product_attention``. Not run on hardware yet.
+"""cuDNN's flash attention (GPU, bfloat16 and float16), by ``jax.nn.dot_product_attention``. Not run on hardware yet.
 
-It has no notion of a forest of segments: the mask goes in as a head-broadcast bias [B, 1, T, T] in the inputs' type, 2 T^2
-bytes a row, and blocks that it hides are computed and not skipped. Its own rules shard rows and heads over a mesh.
+It has no notion of a forest of segments: the mask goes in as a head-broadcast bias [B, 1, T, T] in the inputs' type,
+2 T^2 bytes a row, and blocks that it hides are computed and not skipped. Its own rules shard rows and heads.
 """
 
 import jax

@@ -1,4 +1,4 @@
-"""Dense attention: the scores of all pairs, masked. The fastest where rows are short, and what the others are held to."""
+"""Dense attention: the scores of all pairs, masked. The fastest where rows are short; the others are held to it."""
 
 import jax
 import jax.numpy as jnp

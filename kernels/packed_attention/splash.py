@@ -1,8 +1,8 @@
 """Splash attention (TPU), JAX's block-sparse flash kernel, with one dynamic mask a row. Not run on hardware yet.
 
-Its segment ids say equality alone, which is not a prefix relation; a mask that the data give says everything, and blocks
-that it hides are skipped. Such a mask is held dense, T^2 bytes a row, once for all heads, beside the kernel's inputs.
-The kernel's backward pass is reached through its own gradient, which computes the forward pass again.
+Its segment ids say equality alone, which is not a prefix relation; a mask that the data give says everything, and
+blocks that it hides are skipped. Such a mask is held dense, T^2 bytes a row, once for all heads. The
+kernel's backward pass is reached through its own gradient, which computes the forward pass again.
 """
 
 from functools import partial

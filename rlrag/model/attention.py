@@ -76,8 +76,8 @@ def visibility(a: Architecture, segment: jax.Array, parent: jax.Array, positions
 
 
 def intervals(parent: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Segments numbered depth first: [B, S] parent of each (0: none) -> the number of each, and one more than that of its
-    last descendant, int32. A segment is an ancestor of another (or it) iff its interval holds the other's number."""
+    """Segments numbered depth first: [B, S] parent of each (0: none) -> the number of each, and one more than that of
+    its last descendant, int32. A segment is another's ancestor, or it, iff its interval holds the other's number."""
     below = ancestors(parent)  # [B, s, t]: t is s or above it
     size = jnp.sum(below, 1, dtype=jnp.int32)  # [B, S] descendants, itself included
     index = jnp.arange(parent.shape[-1])

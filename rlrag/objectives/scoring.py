@@ -14,8 +14,8 @@ from rlrag.objectives.losses import Scores
 
 
 def score(params: Transformer, a: Architecture, batch: Batch, key: jax.Array | None = None) -> Scores:
-    """Log-prob, entropy and certainty of every trained token given what precedes it, 0 elsewhere, and the value of every
-    token; leaves of batch are [R, ...]. key: of the adapters' dropout; None: without.
+    """Log-prob, entropy and certainty of every trained token given what precedes it, 0 elsewhere, and the value of
+    every token; leaves of batch are [R, ...]. key: of the adapters' dropout; None: without.
 
     What an objective does not look at is not computed: the compiler drops it. The head, which costs as much as several
     layers of a small model, is multiplied for trained tokens alone: they are moved to the front of their rows.
@@ -48,8 +48,9 @@ def score(params: Transformer, a: Architecture, batch: Batch, key: jax.Array | N
 
 @jax.custom_vjp
 def rearranged(values: jax.Array, order: jax.Array, place: jax.Array) -> jax.Array:
-    """values [R, T, ...] with column order[r, t] of each row at t; place: the inverse permutation, by which the gradient
-    goes back. (The gradient that JAX derives is a scatter, which is slow on CPU and adds where nothing is to add.)"""
+    """values [R, T, ...] with column order[r, t] of each row at t; place: the inverse permutation, by which the
+    gradient goes back. (The gradient that JAX derives is a scatter, which is slow on CPU and adds where nothing
+    is to add.)"""
     return jnp.take_along_axis(values, order.reshape(*order.shape, *[1] * (values.ndim - 2)), axis=1)
 
 

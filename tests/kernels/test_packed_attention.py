@@ -1,5 +1,7 @@
 """Every implementation against dense attention in float64, forward and gradient, on packed rows of random forests."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -156,11 +158,8 @@ def shards() -> None:
     alone = found(blockwise.attend, *arrays, v)
     for data, model in ((4, 2), (2, 4)):  # four parts do not divide two kv heads
         with jax.set_mesh(make_mesh(data, model)):
-            own = jax.jit(
-                lambda *x: found(
-                    lambda *y: api.attend(*y, axes_of("rows"), axes_of("kv_heads"), implementation="blockwise"), *x, v
-                )
-            )(*arrays)
+            on_mesh = partial(api.attend, rows=axes_of("rows"), heads=axes_of("kv_heads"), implementation="blockwise")
+            own = jax.jit(partial(found, on_mesh))(*arrays, v)
         print(max(float(np.abs(np.asarray(x) - np.asarray(y)).max()) for x, y in zip(own, alone)) < 1e-5)
 
 
