@@ -19,8 +19,8 @@ def by_rows(run: Callable, arguments: tuple, rows: tuple[str, ...], heads: tuple
 
     def spec(argument) -> PartitionSpec | Visibility:
         if isinstance(argument, Visibility):
-            own = PartitionSpec(rows)
-            return Visibility(own, own, own, None if argument.window is None else PartitionSpec())
+            window = None if argument.window is None else PartitionSpec()
+            return Visibility(*[PartitionSpec(rows)] * 3, window)  # type: ignore[arg-type]  # specs in its tree
         return PartitionSpec(rows, None, heads)
 
     out = jax.tree.map(lambda _: PartitionSpec(rows, None, heads), jax.eval_shape(run, *arguments))

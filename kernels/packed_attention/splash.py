@@ -6,6 +6,7 @@ kernel's backward pass is reached through its own gradient, which computes the f
 """
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -41,8 +42,9 @@ def _attend(rows, heads, interpret, query, key, value, visible):
     return by_rows(partial(forward, interpret), (query, key, value, visible), rows, heads)
 
 
-def _attend_forward(rows, heads, interpret, *arguments):
-    return _attend(rows, heads, interpret, *arguments), arguments
+def _attend_forward(rows, heads, interpret, query, key, value, visible):
+    out = _attend(rows, heads, interpret, query, key, value, visible)  # type: ignore[call-arg]  # three are static
+    return out, (query, key, value, visible)
 
 
 def _attend_backward(rows, heads, interpret, residuals, d_out):
@@ -67,6 +69,7 @@ def forward(interpret: bool, query: Array, key: Array, value: Array, visible: Vi
         made = kernel.make_splash_mha(mask[None], block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret)
         # Under a trace the constructor has made an array of this flag, which the call then branches on.
         made.fwd_mask_info = made.fwd_mask_info._replace(is_dynamic_mask=True)
-        return made(*(each.swapaxes(0, 1) for each in (q, k, v))).swapaxes(0, 1)
+        out: Any = made(*(each.swapaxes(0, 1) for each in (q, k, v)))
+        return out.swapaxes(0, 1)
 
     return jax.lax.map(row, (query, key, value, written_out(visible)))
