@@ -260,7 +260,8 @@ def test_gradients_are_added_in_place():
     computations, entry = hlo.parse(compiled.as_text())
     sizes = {tuple(leaf.shape) for leaf in jax.tree.leaves(state.params)}
     copied = [
-        each.type for each in computations[entry]
+        each.operands[0] for each in computations[entry]
         if each.operation == "copy" and any(shape in sizes and len(shape) > 1 for _, shape in hlo.shapes(each.type))
     ]  # fmt: skip
-    assert not copied
+    # Zeros, which the scan over layers fills with the micro-batch's own gradient, are all that may be copied.
+    assert all("broadcast" in name for name in copied), copied
