@@ -161,15 +161,15 @@ def _forward(
 
 
 def _backward(plan: _Plan, residuals: tuple, cotangent: TokenStats) -> tuple[Array, Array, None, None, None]:
-    *residuals, count = residuals
-    hidden, head, *_ = residuals
+    *inputs, count = residuals
+    hidden, head, *_ = inputs
 
     def backward(module: ModuleType) -> Callable[..., tuple[Array, Array]]:
         if count is not None:
             return functools.partial(leading.backward, module.backward, count, plan.chunk)
         return functools.partial(module.backward, chunk=plan.chunk)
 
-    grad_hidden, grad_head = dispatch.call(IMPLEMENTATIONS, plan.choice, backward, *residuals, cotangent)
+    grad_hidden, grad_head = dispatch.call(IMPLEMENTATIONS, plan.choice, backward, *inputs, cotangent)
     return grad_hidden.astype(hidden.dtype), grad_head.astype(head.dtype), None, None, None
 
 

@@ -43,7 +43,7 @@ def _attend(rows, heads, interpret, query, key, value, visible):
 
 
 def _attend_forward(rows, heads, interpret, query, key, value, visible):
-    out = _attend(rows, heads, interpret, query, key, value, visible)  # type: ignore[call-arg]  # three are static
+    out = by_rows(partial(forward, interpret), (query, key, value, visible), rows, heads)
     return out, (query, key, value, visible)
 
 
