@@ -49,7 +49,7 @@ def _attend_forward(rows, heads, interpret, query, key, value, visible):
 
 def _attend_backward(rows, heads, interpret, residuals, d_out):
     def backward(query, key, value, visible, d_out):
-        return jax.vjp(lambda *own: forward(interpret, *own, visible), query, key, value)[1](d_out)
+        return jax.vjp(lambda q, k, v: forward(interpret, q, k, v, visible), query, key, value)[1](d_out)
 
     return *by_rows(backward, (*residuals, d_out), rows, heads), None
 
