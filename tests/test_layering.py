@@ -121,10 +121,11 @@ RULES = {
     "launch.build_index": Rule("launch rlrag.retrieval rlrag.console", "absl"),
     "launch.serve_retrieval": Rule("launch rlrag.retrieval rlrag.data.task", "absl uvicorn prometheus_client"),
     "launch.bench": Rule("launch kernels rlrag", "absl jax flax optax numpy"),
+    "launch.update_bench": Rule("launch kernels rlrag", "absl jax flax optax numpy"),
 }
 
 # Modules that run wherever jax, flax, optax, numpy and absl do, counting all that importing them imports of ours.
-CORE = ("kernels", "rlrag.model", "rlrag.rollout", "rlrag.objectives", "launch.bench")
+CORE = ("kernels", "rlrag.model", "rlrag.rollout", "rlrag.objectives", "launch.bench", "launch.update_bench")
 NOT_CORE = ("rlrag.model.hf", "rlrag.model.hf_export", "rlrag.model.peft")
 CORE_OTHERS = "jax flax optax numpy absl"
 
@@ -136,7 +137,9 @@ VAGUE = {"util", "utils", "common", "helper", "helpers", "misc", "manager", "man
 MOST_LINES = 450
 
 # Kernels whose implementations are tested side by side: kernels/NAME/*.py by tests/kernels/test_NAME.py.
-TESTED_TOGETHER = ("kernels/advantage", "kernels/decode_attention", "kernels/log_prob", "kernels/uncertainty")
+TESTED_TOGETHER = tuple(
+    f"kernels/{name}" for name in ("advantage", "decode_attention", "log_prob", "packed_attention", "uncertainty")
+)
 # Modules whose cases stand in the test file of the room they serve, which imports them or is their only way in.
 TESTED_WITH = {
     "rlrag/agents/observation.py": "tests/agents/test_search.py",
