@@ -1,0 +1,161 @@
+"""The operations at the shapes at which they are timed, with every implementation that runs here.
+
+A new entry of a dispatch table is in the cases by being in the table. Sizes of cases: "quick" (seconds, for tests),
+"scaled" (real models' shapes made smaller, for CPU), "full" (real shapes), and "issue" (4,096 tokens of a vocabulary of
+32k and of 152k entries: what the chunked implementation promises against full logits is measured there).
+"""
+
+import importlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from kernels import arg_specs, dispatch
+from kernels.advantage import api as advantage_api
+from kernels.arg_specs import HeadSpec, RecurrenceSpec
+from kernels.log_prob import api as log_prob_api
+from kernels.measurement import Case
+from kernels.uncertainty import api as uncertainty_api
+
+OPERATIONS = ("log_prob", "uncertainty", "advantage", "decode_attention")
+SIZES = ("quick", "scaled", "full", "issue")
+# Where the reference's full logits, several of them in the backward pass, would take more than this, it is left out and
+# "chunked", which is the reference a chunk at a time, is what the others are checked against.
+FULL_LOGITS_BYTES = 6e9
+ISSUE_HEADS = tuple(
+    HeadSpec(f"V={vocabulary // 1000}k", hidden=512, vocabulary=vocabulary, tied=True, tokens=4096, slots=64)
+    for vocabulary in (32_768, 151_936)
+)
+ISSUE_RECURRENCE = RecurrenceSpec("4k window", rows=64, tokens=4096)
+
+
+class Sized(NamedTuple):
+    """What a size of cases is made of."""
+
+    heads: Sequence[HeadSpec]
+    recurrences: Sequence[RecurrenceSpec]
+    dtypes: Sequence[str]  # of the heads after the first, which is also timed in the other one
+    attention_divisor: int  # by which decode attention's shapes are smaller
+
+
+def sized(size: str, platform: str) -> Sized:
+    dtype = "float32" if platform == "cpu" else "bfloat16"
+    if size == "quick":
+        return Sized([arg_specs.DEMO.scaled(8)], arg_specs.RECURRENCES[:1], [dtype], 16)
+    if size == "issue":
+        return Sized(ISSUE_HEADS, [ISSUE_RECURRENCE], [dtype], 1)
+    if size == "scaled":
+        heads = [arg_specs.DEMO, arg_specs.HEADS[0].scaled(16), arg_specs.HEADS[4].scaled(16)]
+        return Sized(heads, arg_specs.RECURRENCES[:2], [dtype], 16)
+    heads = [spec for head in arg_specs.HEADS for spec in (head, head._replace(tokens=4096))]
+    return Sized(heads, arg_specs.RECURRENCES, [dtype], 1)
+
+
+def cases(size: str, platform: str, only: Sequence[str] = OPERATIONS) -> Iterator[Case]:
+    """The cases of a size, of these operations, one at a time: their arrays are made when they are asked for."""
+    of = sized(size, platform)
+    if "advantage" in only:
+        for spec in of.recurrences:
+            yield advantage_case(spec, platform)
+    if "uncertainty" in only:
+        for spec in dict.fromkeys(head._replace(tokens=0) for head in of.heads):
+            yield from uncertainty_cases(spec, platform)
+    if "decode_attention" in only:
+        yield from decode_attention_cases(of.attention_divisor, platform)
+    if "log_prob" in only:
+        for number, spec in enumerate(of.heads):
+            yield from log_prob_cases(spec, of.dtypes[0], 1, platform)
+            if number == 0 and size == "scaled":
+                yield from log_prob_cases(spec, "float32", 32, platform)
+                yield from log_prob_cases(spec, "bfloat16", 1, platform)
+
+
+def runs_here(table: dict[str, dispatch.Implementation], platform: str) -> Iterator[str]:
+    return (name for name, entry in table.items() if platform in entry.platforms)
+
+
+def optional(module: str) -> Any:
+    """A module of this package, or None where there is none of that name."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name and module.startswith(error.name):
+            return None
+        raise
+
+
+# -- operations -------------------------------------------------------------------------------------------------------
+
+
+def log_prob_cases(spec: HeadSpec, dtype: str, num_wanted: int, platform: str) -> Iterator[Case]:
+    """Forward, and forward with backward, of token_stats; 2 N D V flops a product, one forward and three backward, of
+    which one computes the logits again."""
+    tokens, hidden, vocabulary = spec.tokens, spec.hidden, spec.vocabulary
+    rows = min(16, tokens)
+    keys = jax.random.split(jax.random.key(0), 3)
+    states = jax.random.normal(keys[0], (rows, tokens // rows, hidden), dtype)
+    head = (jax.random.normal(keys[1], (vocabulary, hidden)) * hidden**-0.5).astype(dtype)
+    ids = jax.random.randint(keys[2], (rows, tokens // rows, num_wanted), 0, vocabulary)
+    shape = f"{spec.name}: N={tokens} D={hidden} V={vocabulary} K={num_wanted} {dtype}"
+
+    def forward(name: str) -> Callable:
+        return lambda states, head, ids: log_prob_api.token_stats(states, head, ids, implementation=name)
+
+    def gradient(stats: Callable) -> Callable:
+        def scalar(states: jax.Array, head: jax.Array, ids: jax.Array) -> jax.Array:
+            found = stats(states, head, ids)
+            return (found.logits.sum(-1) - found.lse + found.entropy + found.certainty).sum()
+
+        return jax.value_and_grad(scalar, (0, 1))
+
+    names = list(runs_here(log_prob_api.IMPLEMENTATIONS, platform))
+    against = "reference"
+    if 4.0 * tokens * vocabulary > FULL_LOGITS_BYTES:
+        against = "chunked"
+        names.remove("reference")
+    functions = {name: forward(name) for name in names}
+    if (naive := optional("kernels.log_prob.naive")) is not None:
+        functions["naive"] = naive.token_stats
+    baseline = "naive" if "naive" in functions else "reference"
+    product = 2.0 * states[..., 0].size * hidden * vocabulary
+    size_class = min(tokens, 8192), hidden, min(vocabulary, 8192)
+    shared = {"against": against, "baseline": baseline, "dtype": dtype, "product": size_class}
+    arguments = (states, head, ids)
+    yield Case("log_prob fwd", shape, functions, arguments, product, 0, **shared)
+    both = {name: gradient(function) for name, function in functions.items()}
+    yield Case("log_prob fwd+bwd", shape, both, arguments, 4 * product, 0, **shared)
+
+
+def uncertainty_cases(spec: HeadSpec, platform: str) -> Iterator[Case]:
+    """One decode step's report; its least work is one read of the logits."""
+    slots, vocabulary, num_kept = spec.slots, spec.vocabulary, 32
+    logits = jax.random.normal(jax.random.key(0), (slots, vocabulary)) * 3
+    sampled, temperature = jnp.zeros(slots, jnp.int32), jnp.full(slots, 0.7)
+    kept = jnp.broadcast_to(jnp.arange(num_kept, dtype=jnp.int32), (slots, num_kept))
+
+    def report(name: str, masked: bool) -> Callable:
+        return lambda *arguments: uncertainty_api.uncertainty(*arguments, masked=masked, implementation=name)
+
+    shape = f"{spec.name}: B={slots} V={vocabulary} K={num_kept}"
+    names = list(runs_here(uncertainty_api.IMPLEMENTATIONS, platform))
+    functions = {name: report(name, True) for name in names}
+    functions["blocked, masked=False"] = report("blocked", False)
+    yield Case("uncertainty", shape, functions, (logits, sampled, temperature, kept), 0, 4.0 * logits.size)
+
+
+def advantage_case(spec: RecurrenceSpec, platform: str) -> Case:
+    """The recurrence; its least work is reading b and c and writing y."""
+    b = jax.random.normal(jax.random.key(0), (spec.rows, spec.tokens))
+    c = jnp.full_like(b, 0.99)
+
+    def recurrence(name: str) -> Callable:
+        return lambda b, c: advantage_api.linear_recurrence(b, c, implementation=name)
+
+    functions = {name: recurrence(name) for name in runs_here(advantage_api.IMPLEMENTATIONS, platform)}
+    return Case("advantage", f"{spec.name}: B={spec.rows} T={spec.tokens}", functions, (b, c), 0, 12.0 * b.size)
+
+
+def decode_attention_cases(divisor: int, platform: str) -> Iterator[Case]:
+    return iter(())
