@@ -136,7 +136,7 @@ VAGUE = {"util", "utils", "common", "helper", "helpers", "misc", "manager", "man
 MOST_LINES = 450
 
 # Kernels whose implementations are tested side by side: kernels/NAME/*.py by tests/kernels/test_NAME.py.
-TESTED_TOGETHER = ("kernels/advantage", "kernels/log_prob", "kernels/uncertainty")
+TESTED_TOGETHER = ("kernels/advantage", "kernels/decode_attention", "kernels/log_prob", "kernels/uncertainty")
 # Modules whose cases stand in the test file of the room they serve, which imports them or is their only way in.
 TESTED_WITH = {
     "rlrag/agents/observation.py": "tests/agents/test_search.py",
