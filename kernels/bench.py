@@ -33,6 +33,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--quick", dest="shapes", action="store_const", const="quick", help="small shapes, a few seconds")
     made.add_argument("--full", dest="shapes", action="store_const", const="full", help="real shapes")
     made.add_argument("--only", type=names, default=OPERATIONS, help=f"some of {','.join(OPERATIONS)}")
+    made.add_argument("--without", default=(), type=lambda text: text.split(","), help="implementations left out")
     made.add_argument("--repeats", type=int, default=5, help="timed rounds of each implementation")
     made.add_argument("--budget_s", type=float, default=math.inf, help="cases begun later than this are left out, and named")
     made.add_argument("--out", type=Path, help="file for the figures as JSON, written as they come")
@@ -107,15 +108,22 @@ def main(arguments: Sequence[str]) -> None:
     found: dict[str, Any] = described(arguments, size, options.repeats) | {"rows": [], "left_out": []}
     print("\n".join(f"{name:<8} {found[name]}" for name in ("device", "versions", "date", "command", "shapes")))
     print(f"\n{TITLES}")
+
+    def save(**more: Any) -> None:
+        if options.out:
+            options.out.write_text(json.dumps(found | more, indent=1) + "\n")
+
     for case in cases(size, platform, options.only):
+        functions = {name: each for name, each in case.functions.items() if name not in options.without}
         if time.monotonic() - begin > options.budget_s:
             found["left_out"].append(f"{case.operation} at {case.shape}")
         else:
-            for row in measure(case, options.repeats, ceilings_of(case, general), begin + options.budget_s):
+            own, deadline = ceilings_of(case, general), begin + options.budget_s
+            case = case._replace(functions=functions)
+            for row in measure(case, options.repeats, own, deadline, lambda name: save(trying=name)):
                 print(table_line(row), flush=True)
                 found["rows"].append(as_json(row))
-        if options.out:
-            options.out.write_text(json.dumps(found, indent=1) + "\n")
+        save()
     for name in found["left_out"]:
         print(f"left out, no time: {name}")
 

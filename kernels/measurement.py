@@ -32,6 +32,7 @@ class Case(NamedTuple):
     baseline: str = "reference"  # the implementation whose time and memory the others' are divided by
     dtype: str = "float32"  # of the inputs, which the tolerance depends on
     product: tuple[int, int, int] | None = None  # rows, inner, columns of its size class; None: a large square
+    compared: Callable[[Any], Any] = lambda out: out  # what of the outputs must agree
 
 
 class Row(NamedTuple):
@@ -73,10 +74,16 @@ class Tried(NamedTuple):
     error: str
 
 
-def measure(case: Case, repeats: int, ceilings: Ceilings, deadline: float = float("inf")) -> list[Row]:
+def measure(
+    case: Case, repeats: int, ceilings: Ceilings, deadline: float = float("inf"), note: Callable[[str], Any] = str
+) -> list[Row]:
     """A row for every implementation of a case. deadline: of time.monotonic, after which no further round is timed;
-    there is at least one."""
-    tried = {name: attempt(function, case.arguments) for name, function in case.functions.items()}
+    there is at least one. note: is told the name of each before it runs for the first time, and of none after that."""
+    tried = {}
+    for name, function in case.functions.items():
+        note(name)
+        tried[name] = attempt(function, case.arguments)
+    note("")
     built = {name: each.built for name, each in tried.items() if each.built is not None}
     checks = check(case, built)
     seconds: dict[str, list[float]] = {name: [] for name in built}
@@ -160,9 +167,9 @@ def check(case: Case, built: dict[str, Built]) -> dict[str, float]:
     """Of every other implementation: the largest difference of any output, as a share of the largest entry there."""
     if case.against not in built or len(built) < 2:
         return {}
-    right = built[case.against].call(*case.arguments)
+    right = case.compared(built[case.against].call(*case.arguments))
     others = [name for name in built if name != case.against]
-    return {name: float(difference(right, built[name].call(*case.arguments))) for name in others}
+    return {name: float(difference(right, case.compared(built[name].call(*case.arguments)))) for name in others}
 
 
 @jax.jit

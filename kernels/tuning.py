@@ -1,7 +1,7 @@
 """Choosing tiles: every candidate of every accelerator kernel is timed, the best is written to ``tiles.json``.
 
-A module that can be tiled has ``TILES``: by operation, as it looks them up in the table, the candidates,
-``{"log_prob fwd": ({"block_n": 128}, ...)}``. A candidate is tried by answering the look-ups of one trace with it.
+A module that can be tiled has ``TILES``, its candidates: ``({"block_n": 128}, {"block_n": 256})``. A candidate is tried
+by answering all look-ups of one trace with it; what was looked up says where in the table the best belongs.
 """
 
 import contextlib
@@ -23,39 +23,37 @@ from kernels.measurement import Case, measure
 from kernels.uncertainty import api as uncertainty_api
 
 Asked = set[tuple[str, str]]  # operation and bucket
+Best = dict[tuple[str, str], dict[str, Any]]  # operation and bucket -> entry of the table
 
 
 class Answers(dict):
-    """In place of the table of one kind of device: answers `operation` with one candidate and notes what was asked."""
+    """In place of the table of one kind of device: answers with one candidate, and notes what was asked."""
 
-    def __init__(self, table: Mapping[str, Any], operation: str, candidate: Mapping[str, int]):
-        super().__init__(table)
-        self.operation, self.candidate, self.asked = operation, candidate, set()
+    def __init__(self, candidate: Mapping[str, int]):
+        super().__init__()
+        self.candidate, self.asked = candidate, set()
 
     def get(self, operation: str, default: Any = None) -> Any:  # type: ignore[override]
-        return Buckets(self, operation, super().get(operation, {}))
+        return Buckets(self, operation)
 
 
 class Buckets(dict):
     """In place of the buckets of one operation."""
 
-    def __init__(self, answers: Answers, operation: str, table: Mapping[str, Any]):
-        super().__init__(table)
+    def __init__(self, answers: Answers, operation: str):
+        super().__init__()
         self.answers, self.operation = answers, operation
 
     def get(self, bucket: str, default: Any = None) -> Any:  # type: ignore[override]
         self.answers.asked.add((self.operation, bucket))
-        if self.operation == self.answers.operation:
-            return {"tiles": self.answers.candidate}
-        return super().get(bucket, default)
+        return {"tiles": self.answers.candidate}
 
 
 @contextlib.contextmanager
-def answered(operation: str, candidate: Mapping[str, int]) -> Iterator[Asked]:
-    """Look-ups of `operation` on this device find the candidate; what is looked up is noted."""
-    read, kind = tiles.read, tiles.device_kind()
-    answers = Answers(read().get(kind, {}), operation, candidate)
-    tiles.read = lambda: {**read(), kind: answers}
+def answered(candidate: Mapping[str, int]) -> Iterator[Asked]:
+    """Look-ups on this device find the candidate; what is looked up is noted."""
+    read, answers = tiles.read, Answers(candidate)
+    tiles.read = lambda: {tiles.device_kind(): answers}  # type: ignore[assignment]
     try:
         yield answers.asked
     finally:
@@ -81,29 +79,28 @@ def tune(only: Sequence[str], size: str, repeats: int, ceilings: Ceilings) -> st
     able = {operation: own for operation, own in tileable(platform).items() if operation in only}
     if not able:
         return f"nothing to tune: no implementation of {', '.join(only)} that runs on {platform} has tiles"
-    best: dict[tuple[str, str], dict[str, Any]] = {}
+    best: Best = {}
     for case in cases(size, platform, tuple(able)):
         for name, module in able[case.operation.split()[0]].items():
-            for operation, candidates in module.TILES.items():
-                best |= tuned(case, name, operation, candidates, repeats, ceilings, best)
+            # Of an operation with a gradient the two together decide: they share their entry of the table.
+            if not case.operation.endswith(" fwd"):
+                best |= tuned(case, name, module.TILES, repeats, ceilings, best)
     write(best)
     return f"{len(best)} entries written to {tiles.PATH.name} for {tiles.device_kind()}"
 
 
 def tuned(
-    case: Case, name: str, operation: str, candidates: Sequence[Mapping[str, int]], repeats: int, ceilings: Ceilings,
-    known: Mapping[tuple[str, str], Any],
-) -> dict[tuple[str, str], dict[str, Any]]:  # fmt: skip
-    """The best of the candidates in one case, by what it looked up; {} where it looked up nothing that is not known."""
-    found: dict[tuple[str, str], dict[str, Any]] = {}
-    function = case.functions[name]
-    functions = {name: function} if case.against == name else {case.against: case.functions[case.against]}
+    case: Case, name: str, candidates: Sequence[Mapping[str, int]], repeats: int, ceilings: Ceilings, known: Best
+) -> Best:
+    """The best of the candidates in one case; {} where all that it looks up is known."""
+    found: Best = {}
+    function, right = case.functions[name], {case.against: case.functions[case.against]}
     for candidate in candidates:
-        with answered(operation, candidate) as asked:
+        with answered(candidate) as asked:
             # A new function each time: a trace that is known would not look anything up.
-            trial = case._replace(functions={**functions, name: lambda *arguments: function(*arguments)})
+            trial = case._replace(functions=right | {name: lambda *arguments: function(*arguments)})
             row = {row.implementation: row for row in measure(trial, repeats, ceilings)}[name]
-        places = {place for place in asked if place[0] == operation and place not in known}
+        places = {place for place in asked if place not in known}
         told = f"failed: {row.error}" if row.error else f"{row.median_s * 1e3:.3f} ms"
         print(f"{case.operation} {name} {dict(candidate)} {told}  {case.shape}", flush=True)
         for place in places:
@@ -116,7 +113,7 @@ def tuned(
     return found
 
 
-def write(best: Mapping[tuple[str, str], dict[str, Any]]) -> None:
+def write(best: Best) -> None:
     """Into the table, over what it says of the same places on this kind of device."""
     table = json.loads(tiles.PATH.read_text())
     own = table.setdefault(tiles.device_kind(), {})

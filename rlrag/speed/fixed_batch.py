@@ -1,0 +1,154 @@
+"""A plain sampler without continuous batching: what the engine is held against.
+
+The same packed weights, model functions and sampling as the engine's, and the same statistics of every token. A batch
+of episodes is played from its first turn to its last: one prefill and one `while_loop` a turn, which runs until all of
+the batch have finished it; then the next batch. The cache is contiguous and grows between turns, in steps of `BUCKET`
+tokens, so that short batches do not pay for the longest. A document is there at once: no search is waited for.
+"""
+
+import time
+from collections.abc import Sequence
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kernels.uncertainty.api import uncertainty
+from rlrag.model.architecture import Architecture
+from rlrag.model.attention import attend, views
+from rlrag.model.decoding import WHOLE, DecodeWeights
+from rlrag.model.transformer import extend, vocabulary_logits
+from rlrag.rollout import cache as kv
+from rlrag.rollout.cache import Cache
+from rlrag.rollout.sampling import Controls, sample
+from rlrag.speed.workload import Turn
+
+BUCKET = 128  # tokens by which the cache grows
+CHUNK = 32  # whose multiples what is read is padded to
+
+
+class Sampled(NamedTuple):
+    """What a turn returns: as the engine's outbox, entries past a row's length mean nothing."""
+
+    tokens: jax.Array  # int [B, N]
+    logp: jax.Array  # float [B, N], and so the rest
+    entropy: jax.Array
+    certainty: jax.Array
+    margin: jax.Array
+    steps: jax.Array  # int []
+
+
+def up(number: int, unit: int) -> int:
+    return -(-number // unit) * unit
+
+
+def play(
+    a: Architecture, weights: DecodeWeights, episodes: Sequence[Sequence[Turn]], batch: int, root: jax.Array
+) -> tuple[float, int, int]:
+    """Seconds, tokens sampled, and lane steps paid, over batches of `batch` episodes in order."""
+    begin, tokens, lane_steps = time.perf_counter(), 0, 0
+    for first in range(0, len(episodes), batch):
+        got, steps = play_batch(a, weights, episodes[first : first + batch], batch, root)
+        tokens, lane_steps = tokens + got, lane_steps + steps * batch
+    return time.perf_counter() - begin, tokens, lane_steps
+
+
+def play_batch(
+    a: Architecture, weights: DecodeWeights, episodes: Sequence[Sequence[Turn]], batch: int, root: jax.Array
+) -> tuple[int, int]:
+    """Tokens sampled and steps run. A batch that is not full has idle rows."""
+    length, newest = np.zeros(batch, np.int32), np.zeros(batch, np.int32)
+    cache, tokens, steps = empty(a, batch, BUCKET), 0, 0
+    for number in range(max(len(turns) for turns in episodes)):
+        now = [turns[number] if number < len(turns) else None for turns in episodes] + [None] * (batch - len(episodes))
+        limit = np.array([turn.length if turn else 0 for turn in now], np.int32)
+        # What the turn before sampled last is not cached yet: it is read with what is appended.
+        last = [[int(token)] if tokens else [] for token, tokens in zip(newest, length)]
+        fresh = [last[row] + list(turn.append) if turn else [] for row, turn in enumerate(now)]
+        count = np.array([len(each) for each in fresh], np.int32)
+        padded = np.zeros((batch, up(max(int(count.max()) - 1, 1), CHUNK)), np.int32)
+        for row, each in enumerate(fresh):
+            padded[row, : max(len(each) - 1, 0)] = each[:-1]
+            newest[row] = each[-1] if each else newest[row]
+        start = np.where(length > 0, length - 1, 0).astype(np.int32)
+        room = up(int((start + count + limit).max()), BUCKET)
+        cache = grow(cache, max(room, cache.keys[0].shape[2]))
+        cache = read(a, weights, cache, padded, start, np.maximum(count - 1, 0))
+        position = (start + count - 1).astype(np.int32)  # of the newest token
+        key = jax.random.fold_in(root, number)
+        longest = up(int(limit.max()), BUCKET)
+        cache, out = write(a, longest, weights, cache, newest, np.maximum(position, 0), limit, key)
+        found = Sampled(*jax.device_get(out))
+        for row in np.flatnonzero(limit):
+            newest[row] = found.tokens[row, limit[row] - 1]
+            length[row] = position[row] + 1 + limit[row]
+        tokens, steps = tokens + int(limit.sum()), steps + int(found.steps)
+    return tokens, steps
+
+
+def empty(a: Architecture, batch: int, room: int) -> Cache:
+    shape = (a.num_kv_heads, batch, room, a.head_dim)
+    layers = range(a.num_layers)
+    return Cache(tuple(jnp.zeros(shape, a.dtype) for _ in layers), tuple(jnp.zeros(shape, a.dtype) for _ in layers))
+
+
+def grow(cache: Cache, room: int) -> Cache:
+    more = room - cache.keys[0].shape[2]
+    if more == 0:
+        return cache
+    return jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, more), (0, 0))), cache)
+
+
+@partial(jax.jit, static_argnums=0, donate_argnums=2)
+def read(a: Architecture, weights: DecodeWeights, cache: Cache, tokens, start, count) -> Cache:
+    """Cache tokens [B, C], the first `count` of each row, from position `start` on."""
+    room = cache.keys[0].shape[2]
+    offset = jnp.arange(tokens.shape[1])
+    positions = start[:, None] + offset
+    target = jnp.where(offset < count[:, None], positions, room + offset)
+    cache, _ = extended(a, weights, cache, tokens, positions, target)
+    return cache
+
+
+@partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
+def write(a: Architecture, longest: int, weights: DecodeWeights, cache: Cache, token, position, limit, root):
+    """Sample up to `limit` tokens in each row, until all rows have theirs."""
+    B, room = token.shape[0], cache.keys[0].shape[2]
+    plain = Controls(jnp.ones(B), jnp.zeros(B, jnp.int32), jnp.ones(B), jnp.full((B, 0), -1, jnp.int32))
+    numbers = [jnp.zeros((B, longest), dtype) for dtype in (jnp.int32, *[jnp.float32] * 4)]
+
+    def going(state) -> jax.Array:
+        return jnp.any(state[0] < limit)
+
+    def step(state):
+        number, token, cache, out = state
+        at = (position + number)[:, None]
+        target = jnp.where(number < limit, position + number, room)[:, None]
+        cache, hidden = extended(a, weights, cache, token[:, None], at, target)
+        logits = vocabulary_logits(weights, hidden[:, 0], WHOLE)
+        uniform = jax.random.uniform(jax.random.fold_in(root, number), (B,))
+        drawn, kept = sample(logits, uniform, plain)
+        stats = uncertainty(logits, drawn, plain.temperature, kept, masked=False)
+        new = (drawn, stats.log_prob, stats.entropy, stats.certainty, stats.margin)
+        out = [jax.lax.dynamic_update_slice_in_dim(old, x[:, None], number, 1) for old, x in zip(out, new)]
+        return number + 1, jnp.where(number < limit, drawn, token), cache, out
+
+    steps, _, cache, out = jax.lax.while_loop(going, step, (jnp.int32(0), token, cache, numbers))
+    return cache, Sampled(*out, steps)
+
+
+def extended(a: Architecture, weights: DecodeWeights, cache: Cache, tokens, positions, target) -> tuple[Cache, jax.Array]:
+    """Hidden states of tokens [B, C]; keys and values are written where `target` says."""
+    cached = jnp.arange(cache.keys[0].shape[2])[None]
+    seen = views(a, cached <= positions[..., None], positions, cached)
+    keys, values = list(cache.keys), list(cache.values)
+
+    def mix(number: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        keys[number] = kv.write(keys[number], target, k)
+        values[number] = kv.write(values[number], target, v)
+        return attend(q, keys[number], values[number], seen[a.local[number]], a.attention_scale or None)
+
+    hidden = extend(weights, a, tokens, positions, mix)
+    return Cache(tuple(keys), tuple(values)), hidden
