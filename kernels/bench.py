@@ -35,7 +35,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--only", type=names, default=OPERATIONS, help=f"some of {','.join(OPERATIONS)}")
     made.add_argument("--without", default=(), type=lambda text: text.split(","), help="implementations left out")
     made.add_argument("--repeats", type=int, default=5, help="timed rounds of each implementation")
-    made.add_argument("--budget_s", type=float, default=math.inf, help="cases begun later than this are left out, and named")
+    made.add_argument(
+        "--budget_s", type=float, default=math.inf, help="cases begun later than this are left out, and named"
+    )
     made.add_argument("--out", type=Path, help="file for the figures as JSON, written as they come")
     made.add_argument("--tune", action="store_true", help="time the tiles of accelerator kernels; writes tiles.json")
     return made
@@ -73,7 +75,8 @@ def table_line(row: Row) -> str:
     rate = f"{row.rate / scale:,.1f} {unit}"
     numbers = (
         f"{row.median_s * 1e3:>10.3f} {row.min_s * 1e3:>10.3f} {rate:>16} {row.share:>6.2f} {row.time_ratio:>7.3f} "
-        f"{row.memory_ratio:>7.3f} {row.temporary_bytes / 2**20:>10.2f} {row.peak_bytes / 2**20:>9.0f} {row.check:>8.0e}"
+        f"{row.memory_ratio:>7.3f} {row.temporary_bytes / 2**20:>10.2f} {row.peak_bytes / 2**20:>9.0f} "
+        f"{row.check:>8.0e}"
     )
     # What is not known (nan) is a dash.
     numbers = numbers.replace("nan GFLOP/s", "        nan").replace("nan", "  -")

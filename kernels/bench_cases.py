@@ -5,6 +5,7 @@ A new entry of a dispatch table is in the cases by being in the table. Sizes of 
 32k and of 152k entries: what the chunked implementation promises against full logits is measured there).
 """
 
+import functools
 import importlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -14,7 +15,8 @@ import jax.numpy as jnp
 
 from kernels import arg_specs, dispatch
 from kernels.advantage import api as advantage_api
-from kernels.arg_specs import HeadSpec, RecurrenceSpec
+from kernels.arg_specs import DecodeSpec, HeadSpec, RecurrenceSpec
+from kernels.decode_attention import api as decode_attention_api
 from kernels.log_prob import api as log_prob_api
 from kernels.measurement import Case
 from kernels.uncertainty import api as uncertainty_api
@@ -36,26 +38,25 @@ class Sized(NamedTuple):
 
     heads: Sequence[HeadSpec]
     recurrences: Sequence[RecurrenceSpec]
-    dtypes: Sequence[str]  # of the heads after the first, which is also timed in the other one
-    attention_divisor: int  # by which decode attention's shapes are smaller
+    attention: Sequence[DecodeSpec]
 
 
-def sized(size: str, platform: str) -> Sized:
-    dtype = "float32" if platform == "cpu" else "bfloat16"
+def sized(size: str) -> Sized:
+    heads, decodes, recurrences = arg_specs.HEADS, arg_specs.DECODES, arg_specs.RECURRENCES
     if size == "quick":
-        return Sized([arg_specs.DEMO.scaled(8)], arg_specs.RECURRENCES[:1], [dtype], 16)
+        return Sized([arg_specs.DEMO.scaled(8)], recurrences[:1], [decodes[0].scaled(32)])
     if size == "issue":
-        return Sized(ISSUE_HEADS, [ISSUE_RECURRENCE], [dtype], 1)
+        return Sized(ISSUE_HEADS, [ISSUE_RECURRENCE], [])
     if size == "scaled":
-        heads = [arg_specs.DEMO, arg_specs.HEADS[0].scaled(16), arg_specs.HEADS[4].scaled(16)]
-        return Sized(heads, arg_specs.RECURRENCES[:2], [dtype], 16)
-    heads = [spec for head in arg_specs.HEADS for spec in (head, head._replace(tokens=4096))]
-    return Sized(heads, arg_specs.RECURRENCES, [dtype], 1)
+        return Sized(
+            [arg_specs.DEMO, heads[0].scaled(16), heads[4].scaled(16)], recurrences[:2], [decodes[1].scaled(4)]
+        )
+    return Sized([spec for head in heads for spec in (head._replace(tokens=4096), head)], recurrences, decodes)
 
 
 def cases(size: str, platform: str, only: Sequence[str] = OPERATIONS) -> Iterator[Case]:
     """The cases of a size, of these operations, one at a time: their arrays are made when they are asked for."""
-    of = sized(size, platform)
+    of, dtype = sized(size), "float32" if platform == "cpu" else "bfloat16"
     if "advantage" in only:
         for spec in of.recurrences:
             yield advantage_case(spec, platform)
@@ -63,10 +64,11 @@ def cases(size: str, platform: str, only: Sequence[str] = OPERATIONS) -> Iterato
         for spec in dict.fromkeys(head._replace(tokens=0) for head in of.heads):
             yield from uncertainty_cases(spec, platform)
     if "decode_attention" in only:
-        yield from decode_attention_cases(of.attention_divisor, platform)
+        for spec in of.attention:
+            yield decode_attention_case(spec, dtype, platform)
     if "log_prob" in only:
         for number, spec in enumerate(of.heads):
-            yield from log_prob_cases(spec, of.dtypes[0], 1, platform)
+            yield from log_prob_cases(spec, dtype, 1, platform)
             if number == 0 and size == "scaled":
                 yield from log_prob_cases(spec, "float32", 32, platform)
                 yield from log_prob_cases(spec, "bfloat16", 1, platform)
@@ -157,5 +159,26 @@ def advantage_case(spec: RecurrenceSpec, platform: str) -> Case:
     return Case("advantage", f"{spec.name}: B={spec.rows} T={spec.tokens}", functions, (b, c), 0, 12.0 * b.size)
 
 
-def decode_attention_cases(divisor: int, platform: str) -> Iterator[Case]:
-    return iter(())
+def decode_attention_case(spec: DecodeSpec, dtype: str, platform: str) -> Case:
+    """One layer of one decode step; its least work is one read of the keys and values that slots see."""
+    page = 16
+    pages = -(-spec.longest // page)
+    keys = jax.random.split(jax.random.key(0), 5)
+    query = jax.random.normal(keys[0], (spec.slots, spec.heads, spec.head_dim), dtype)
+    store = spec.kv_heads, spec.slots * pages * page, spec.head_dim
+    cached = [jax.random.normal(key, store, dtype) for key in keys[1:3]]
+    # Pages lie as they came free: anywhere.
+    table = jax.random.permutation(keys[3], spec.slots * pages).reshape(spec.slots, pages).astype(jnp.int32)
+    length = jax.random.randint(keys[4], (spec.slots,), spec.shortest, spec.longest + 1)
+    seen = float(length.sum())
+
+    def attention(name: str) -> Callable:
+        return functools.partial(decode_attention_api.decode_attention, page_size=page, implementation=name)
+
+    names = runs_here(decode_attention_api.IMPLEMENTATIONS, platform)
+    shape = f"{spec.name}: B={spec.slots} N={spec.heads} K={spec.kv_heads} H={spec.head_dim} S={seen / spec.slots:.0f}"
+    return Case(
+        "decode_attention", f"{shape} {dtype}", {name: attention(name) for name in names},
+        (query, *cached, table, length), 4.0 * spec.heads * spec.head_dim * seen,
+        2.0 * spec.kv_heads * spec.head_dim * seen * jnp.dtype(dtype).itemsize, dtype=dtype,
+    )  # fmt: skip

@@ -16,8 +16,9 @@ import jax
 
 from kernels import dispatch, tiles
 from kernels.advantage import api as advantage_api
-from kernels.bench_cases import cases, optional
+from kernels.bench_cases import cases
 from kernels.ceilings import Ceilings
+from kernels.decode_attention import api as decode_attention_api
 from kernels.log_prob import api as log_prob_api
 from kernels.measurement import Case, measure
 from kernels.uncertainty import api as uncertainty_api
@@ -62,15 +63,22 @@ def answered(candidate: Mapping[str, int]) -> Iterator[Asked]:
 
 def tileable(platform: str) -> dict[str, dict[str, ModuleType]]:
     """Operation of the bench -> implementation -> module with TILES, of what runs on a platform."""
-    apis = {"log_prob": log_prob_api, "uncertainty": uncertainty_api, "advantage": advantage_api}
-    apis["decode_attention"] = optional("kernels.decode_attention.api")
+    apis = {
+        "log_prob": log_prob_api, "uncertainty": uncertainty_api, "advantage": advantage_api,
+        "decode_attention": decode_attention_api,
+    }  # fmt: skip
     found: dict[str, dict[str, ModuleType]] = {}
     for operation, api in apis.items():
-        for name, entry in (api.IMPLEMENTATIONS if api else {}).items():
-            module = entry.run if isinstance(entry.run, ModuleType) else sys.modules[entry.run.__module__]
+        for name, entry in api.IMPLEMENTATIONS.items():
+            module = module_of(entry)
             if platform in entry.platforms and hasattr(module, "TILES"):
                 found.setdefault(operation, {})[name] = module
     return found
+
+
+def module_of(entry: dispatch.Implementation) -> ModuleType:
+    """That holds the implementation."""
+    return entry.run if isinstance(entry.run, ModuleType) else sys.modules[entry.run.__module__]
 
 
 def tune(only: Sequence[str], size: str, repeats: int, ceilings: Ceilings) -> str:

@@ -60,7 +60,9 @@ def define_flags(values: flags.FlagValues, argv: Sequence[str]) -> None:
         flags.DEFINE_integer(name, 0, f"{text} 0: the shape's own.", lower_bound=0, flag_values=values)
     flags.DEFINE_bool("predict", False, "Operations, bytes and floors alone: nothing is played.", flag_values=values)
     flags.DEFINE_bool("quick", False, "Ceilings of small probes, for tests.", flag_values=values)
-    flags.DEFINE_string("profile", "", "Folder for a trace of one more round, for xprof and Perfetto.", flag_values=values)
+    flags.DEFINE_string(
+        "profile", "", "Folder for a trace of one more round, for xprof and Perfetto.", flag_values=values
+    )
     flags.DEFINE_string("out", "", "File for the figures as JSON, written as they come.", flag_values=values)
 
 

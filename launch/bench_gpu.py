@@ -22,10 +22,13 @@ from absl import flags
 MODELS = ("0.5b", "3b", "7b")
 # Toy sizes of everything, with which the tests go through all of this on a CPU.
 SMALL = (
-    "--quick --rounds=1 --layers=1 --scale=32 --num_slots=4 --max_episodes=8 --episodes=8 --burst=4 --prefill_rows=4 "
-    "--prefill_chunk=16 --turns=2 --turn_tokens=6 --document_tokens=4 --prompt_tokens=8 --decode_tokens=8 --questions=1 "
-    "--micro_rows=1"
+    "--quick --rounds=1 --layers=1 --scale=32 --num_slots=4 --max_episodes=8 --episodes=8 --burst=4 --prefill_rows=4",
+    "--prefill_chunk=16 --turns=2 --turn_tokens=6 --document_tokens=4 --prompt_tokens=8 --decode_tokens=8",
+    "--questions=1 --micro_rows=1",
 )
+
+LEAST_S = 5  # what is left must be more than this for another part to begin
+FIRST_TRY = 0.6  # of a part's time goes to its first try where it may have a second, without what hung
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,7 @@ def define_flags(values: flags.FlagValues, argv: Sequence[str]) -> None:
 def tasks(small: bool) -> list[Task]:
     """In order: what the most depends on first."""
     kernels = ("kernels.bench", "--quick" if small else "--full", f"--repeats={1 if small else 5}")
-    changes = SMALL.split() if small else ["--rounds=1"]
+    changes = " ".join(SMALL).split() if small else ["--rounds=1"]
     return [
         Task("log_prob", (*kernels, "--only=log_prob"), 100),
         Task("decode_attention", (*kernels, "--only=decode_attention"), 30),
@@ -78,7 +81,7 @@ def main(f: flags.FlagValues) -> None:
     command = f"python -m launch.bench_gpu {shlex.join(sys.argv[1:])}".rstrip()
     for number, (task, part) in enumerate(zip(chosen, parts)):
         left = f.budget_s - (time.monotonic() - begin)
-        if left > 5:
+        if left > LEAST_S:
             limit = left * task.share / sum(each.share for each in chosen[number:])
             play(task, part, limit)
         told = f"{part.name}: {part.outcome}, {part.seconds:.0f} s, {len(part.rows)} rows"
@@ -88,19 +91,15 @@ def main(f: flags.FlagValues) -> None:
 
 
 def play(task: Task, part, limit_s: float) -> None:
-    """Run a part for at most limit_s; what it hung on is left out in a second try, where there is time for one."""
-    begin, without = time.monotonic(), []
-    while True:
+    """Run a part for at most limit_s: once, or once more without the implementation that it hung on."""
+    begin, may_hang = time.monotonic(), not task.arguments[0].startswith("launch")
+    part.outcome, part.figures = run(task, (), limit_s * (FIRST_TRY if may_hang else 1))
+    hung = part.figures.get("trying", "")
+    if hung and part.outcome.startswith("no time"):
         left = limit_s - (time.monotonic() - begin)
-        part.outcome, part.figures = run(task, without, left)
-        part.seconds = time.monotonic() - begin
-        hung = part.figures.get("trying", "")
-        # Half of the time for the first try: what hangs never comes back.
-        if not part.outcome.startswith("no time") or not hung or without or limit_s - part.seconds < limit_s / 4:
-            break
-        without = [f"--without={hung}"]
-    if without:
-        part.outcome += f" ({without[0].partition('=')[2]} hung, and was left out)"
+        part.outcome, part.figures = run(task, (f"--without={hung}",), left)
+        part.outcome += f" ({hung} hung, and was left out)"
+    part.seconds = time.monotonic() - begin
 
 
 def run(task: Task, more: Sequence[str], limit_s: float) -> tuple[str, dict]:
@@ -108,9 +107,8 @@ def run(task: Task, more: Sequence[str], limit_s: float) -> tuple[str, dict]:
     with tempfile.TemporaryDirectory() as folder:
         out, errors = Path(folder) / "out.json", Path(folder) / "errors"
         arguments = [*task.arguments, *more, f"--out={out}"]
-        kernels = task.arguments[0] == "kernels.bench"
-        if kernels:
-            arguments.append(f"--budget_s={limit_s * 0.5 if not more else limit_s * 0.8:.0f}")
+        if task.arguments[0] == "kernels.bench":
+            arguments.append(f"--budget_s={0.7 * limit_s:.0f}")  # the last case may take longer
         # Parts run one after another, so each may have nearly all of the memory.
         environment = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.93", **os.environ}
         with errors.open("w") as stderr:
@@ -118,17 +116,13 @@ def run(task: Task, more: Sequence[str], limit_s: float) -> tuple[str, dict]:
                 [sys.executable, "-m", *arguments], stdout=subprocess.DEVNULL, stderr=stderr, env=environment
             )
             try:
-                status = process.wait(timeout=limit_s * (0.7 if kernels and not more else 1))
+                status = process.wait(timeout=limit_s)
                 last = (errors.read_text().strip().splitlines() or [f"status {status}"])[-1]
                 outcome = "done" if status == 0 else f"failed: {last[:300]}"
             except subprocess.TimeoutExpired:
                 outcome = f"no time to end it in {limit_s:.0f} s"
-            except BaseException:
-                process.kill()
-                raise
             finally:
-                if process.poll() is None:
-                    process.kill()
+                process.kill()  # does nothing where it has ended
                 process.wait()
         figures = json.loads(out.read_text()) if out.exists() else {}
     return outcome, figures

@@ -54,7 +54,7 @@ def sharing(setting: Setting, ceilings: Ceilings, rounds: int) -> Iterator[Row]:
     episodes = max(size, setting.episodes // size * size)
     runs: dict[str, list[Row]] = {"own prompts": [], f"groups of {size}": []}
     for number in range(rounds):
-        for name, rows in runs.items():
+        for rows in runs.values():
             ceilings.sample(3)
             group = size if rows is runs[f"groups of {size}"] else 1
             rows.append(player.play(weights, workload, episodes, group_size=group, seed=number).report(ceilings))

@@ -1,7 +1,7 @@
 """What one session on an accelerator found, as Markdown: the targets beside the figures, then all figures.
 
-Works on what `kernels.bench` and `launch.bench` write as JSON, and imports no JAX: whoever collects the figures must not
-take memory of the device.
+Works on what `kernels.bench` and `launch.bench` write as JSON, and imports no JAX: whoever collects the figures must
+not take memory of the device.
 """
 
 import math
@@ -50,7 +50,10 @@ def page(parts: Sequence[Part], command: str, seconds: float, budget_s: float) -
         "",
         "## Parts",
         "",
-        *table(("part", "seconds", "outcome", "command"), ((p.name, f"{p.seconds:.0f}", p.outcome, f"`{p.command}`") for p in parts)),  # fmt: skip # noqa: E501
+        *table(
+            ("part", "seconds", "outcome", "command"),
+            ((p.name, f"{p.seconds:.0f}", p.outcome, f"`{p.command}`") for p in parts),
+        ),
     ]
     for part in parts:
         left_out = part.figures.get("left_out", [])
@@ -90,7 +93,9 @@ def kernel_table(rows: Sequence[Row]) -> list[str]:
 
 def model_table(rows: Sequence[Row]) -> list[str]:
     names = dict.fromkeys(name for row in rows for name in row if name != "run")
-    return table(("", *(row["run"] for row in rows)), ((name, *(number(row.get(name)) for row in rows)) for name in names))
+    return table(
+        ("", *(row["run"] for row in rows)), ((name, *(number(row.get(name)) for row in rows)) for name in names)
+    )
 
 
 def number(value: Any) -> str:
@@ -141,7 +146,12 @@ def model_targets(name: str, runs: Mapping[str, Row]) -> Iterator[tuple[str, str
 
     search = next((run for run in runs if run.startswith("search") and run != "search 0 ms"), "search")
     yield target(f"{name}: decode, share of the bandwidth floor", of("decode", "share_of_floor"), ">=", 0.7)
-    yield target(f"{name}: update ({of('update', 'learns')}), share of the matrix ceiling", of("update", "share_of_matrix"), ">=", 0.4)  # fmt: skip # noqa: E501
+    yield target(
+        f"{name}: update ({of('update', 'learns')}), share of the matrix ceiling",
+        of("update", "share_of_matrix"),
+        ">=",
+        0.4,
+    )
     if name in UPDATE_TOKENS:
         yield target(f"{name}: update, tokens/s", of("update", "tokens_per_s"), ">=", UPDATE_TOKENS[name])
     yield target(f"{name}: rollout with {search}, of the rate without", of(search, "ratio"), ">=", 0.92)

@@ -139,7 +139,9 @@ def write(a: Architecture, longest: int, weights: DecodeWeights, cache: Cache, t
     return cache, Sampled(*out, steps)
 
 
-def extended(a: Architecture, weights: DecodeWeights, cache: Cache, tokens, positions, target) -> tuple[Cache, jax.Array]:
+def extended(
+    a: Architecture, weights: DecodeWeights, cache: Cache, tokens, positions, target
+) -> tuple[Cache, jax.Array]:
     """Hidden states of tokens [B, C]; keys and values are written where `target` says."""
     cached = jnp.arange(cache.keys[0].shape[2])[None]
     seen = views(a, cached <= positions[..., None], positions, cached)

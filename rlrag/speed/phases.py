@@ -79,9 +79,7 @@ def learner(setting: Setting, learns: str) -> Pupil:
     return Pupil(a, start(a), learns, setting.questions * setting.group_size, setting.questions)
 
 
-def updating(
-    setting: Setting, ceilings: Ceilings, rounds: int, learns: str = "", profile: str = ""
-) -> Iterator[Row]:
+def updating(setting: Setting, ceilings: Ceilings, rounds: int, learns: str = "", profile: str = "") -> Iterator[Row]:
     """Gradients and a step on groups that nobody played. profile: folder for a trace of one more."""
     with compilations() as compiled:
         pupil = learner(setting, learns)

@@ -132,7 +132,9 @@ class Player:
         a, needed, sizes = self.architecture, volume(episodes), self.sizes
         return (
             decoding(a, needed, sizes.num_slots),
-            prefilling(a, *read(needed, usage["shared_tokens"], len(episodes)), sizes.prefill_rows * sizes.prefill_chunk),
+            prefilling(
+                a, *read(needed, usage["shared_tokens"], len(episodes)), sizes.prefill_rows * sizes.prefill_chunk
+            ),
         )
 
 

@@ -63,7 +63,9 @@ def published(a: Architecture) -> Setting:
     )
 
 
-def changed(setting: Setting, *, layers: int = 0, scale: int = 1, dtype: str = "", changes: Mapping[str, int]) -> Setting:
+def changed(
+    setting: Setting, *, layers: int = 0, scale: int = 1, dtype: str = "", changes: Mapping[str, int]
+) -> Setting:
     """layers: how many of them are kept; scale: divisor of widths and vocabulary; dtype: of everything; changes: fields
     of the sizes, the talk, the rows and the setting itself, by name, 0: as it is."""
     setting = replace(setting, architecture=smaller(setting.architecture, layers, scale, dtype))
@@ -80,8 +82,24 @@ def changed(setting: Setting, *, layers: int = 0, scale: int = 1, dtype: str = "
 
 # Part of a setting ("" is the setting itself) -> name of a change -> field.
 PARTS: dict[str, dict[str, str]] = {
-    "sizes": {name: name for name in ("num_slots", "max_episodes", "burst", "page_size", "prefill_rows", "prefill_chunk", "prefill_chunks")},  # fmt: skip # noqa: E501
-    "talk": {"prompt_tokens": "prompt_tokens", "turns": "turns", "turn_tokens": "turn_tokens", "document_tokens": "document_tokens"},  # fmt: skip # noqa: E501
+    "sizes": {
+        name: name
+        for name in (
+            "num_slots",
+            "max_episodes",
+            "burst",
+            "page_size",
+            "prefill_rows",
+            "prefill_chunk",
+            "prefill_chunks",
+        )
+    },
+    "talk": {
+        "prompt_tokens": "prompt_tokens",
+        "turns": "turns",
+        "turn_tokens": "turn_tokens",
+        "document_tokens": "document_tokens",
+    },
     "decode": {"decode_tokens": "turn_tokens"},
     "rows": {"micro_rows": "rows", "row_tokens": "tokens"},
     "": {"episodes": "episodes", "questions": "questions"},

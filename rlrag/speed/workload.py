@@ -27,8 +27,8 @@ class Turn(NamedTuple):
 
 @dataclass(frozen=True)
 class Workload:
-    """Sizes of episodes, drawn evenly between the least and the most; of turns, where `skewed`, evenly in the logarithm:
-    most are short and a few are long, as answers are."""
+    """Sizes of episodes, drawn evenly between the least and the most; those of turns, where `skewed`, evenly in the
+    logarithm: most are short and a few are long, as answers are."""
 
     vocab_size: int
     prompt_tokens: int
