@@ -27,7 +27,7 @@ SIZES = ("quick", "scaled", "full", "issue")
 # "chunked", which is the reference a chunk at a time, is what the others are checked against.
 FULL_LOGITS_BYTES = 6e9
 ISSUE_HEADS = tuple(
-    HeadSpec(f"V={vocabulary // 1000}k", hidden=512, vocabulary=vocabulary, tied=True, tokens=4096, slots=64)
+    HeadSpec("width of the demo", hidden=256, vocabulary=vocabulary, tied=True, tokens=4096, slots=64)
     for vocabulary in (32_768, 151_936)
 )
 ISSUE_RECURRENCE = RecurrenceSpec("4k window", rows=64, tokens=4096)
@@ -68,7 +68,7 @@ def cases(size: str, platform: str, only: Sequence[str] = OPERATIONS) -> Iterato
             yield decode_attention_case(spec, dtype, platform)
     if "log_prob" in only:
         for number, spec in enumerate(of.heads):
-            yield from log_prob_cases(spec, dtype, 1, platform)
+            yield from log_prob_cases(spec, dtype, 1, platform, alone=size == "issue")
             if number == 0 and size == "scaled":
                 yield from log_prob_cases(spec, "float32", 32, platform)
                 yield from log_prob_cases(spec, "bfloat16", 1, platform)
@@ -91,9 +91,9 @@ def optional(module: str) -> Any:
 # -- operations -------------------------------------------------------------------------------------------------------
 
 
-def log_prob_cases(spec: HeadSpec, dtype: str, num_wanted: int, platform: str) -> Iterator[Case]:
-    """Forward, and forward with backward, of token_stats; 2 N D V flops a product, one forward and three backward, of
-    which one computes the logits again."""
+def log_prob_cases(spec: HeadSpec, dtype: str, num_wanted: int, platform: str, alone: bool = False) -> Iterator[Case]:
+    """Forward, and forward with backward, of token_stats, or of the log-prob alone; 2 N D V flops a product, one
+    forward and three backward, of which one computes the logits again."""
     tokens, hidden, vocabulary = spec.tokens, spec.hidden, spec.vocabulary
     rows = min(16, tokens)
     keys = jax.random.split(jax.random.key(0), 3)
@@ -103,12 +103,16 @@ def log_prob_cases(spec: HeadSpec, dtype: str, num_wanted: int, platform: str) -
     shape = f"{spec.name}: N={tokens} D={hidden} V={vocabulary} K={num_wanted} {dtype}"
 
     def forward(name: str) -> Callable:
+        if alone:
+            return lambda states, head, ids: log_prob_api.log_prob(states, head, ids[..., 0], implementation=name)
         return lambda states, head, ids: log_prob_api.token_stats(states, head, ids, implementation=name)
 
-    def gradient(stats: Callable) -> Callable:
+    def gradient(function: Callable) -> Callable:
         def scalar(states: jax.Array, head: jax.Array, ids: jax.Array) -> jax.Array:
-            found = stats(states, head, ids)
-            return (found.logits.sum(-1) - found.lse + found.entropy + found.certainty).sum()
+            found = function(states, head, ids)
+            if alone:
+                return found.mean()
+            return (found.logits.sum(-1) - found.lse + found.entropy + found.certainty).mean()
 
         return jax.value_and_grad(scalar, (0, 1))
 
@@ -119,7 +123,8 @@ def log_prob_cases(spec: HeadSpec, dtype: str, num_wanted: int, platform: str) -
         names.remove("reference")
     functions = {name: forward(name) for name in names}
     if (naive := optional("kernels.log_prob.naive")) is not None:
-        functions["naive"] = naive.token_stats
+        log_prob = naive.log_prob
+        functions["naive"] = (lambda x, head, ids: log_prob(x, head, ids[..., 0])) if alone else naive.token_stats
     baseline = "naive" if "naive" in functions else "reference"
     product = 2.0 * states[..., 0].size * hidden * vocabulary
     size_class = min(tokens, 8192), hidden, min(vocabulary, 8192)

@@ -25,8 +25,8 @@ from rlrag.rollout.cache import Cache
 from rlrag.rollout.sampling import Controls, sample
 from rlrag.speed.workload import Turn
 
-BUCKET = 128  # tokens by which the cache grows
-CHUNK = 32  # whose multiples what is read is padded to
+BUCKET = 256  # tokens by which the cache grows
+CHUNK = 64  # whose multiples what is read is padded to
 
 
 class Sampled(NamedTuple):
@@ -78,7 +78,7 @@ def play_batch(
         cache = read(a, weights, cache, padded, start, np.maximum(count - 1, 0))
         position = (start + count - 1).astype(np.int32)  # of the newest token
         key = jax.random.fold_in(root, number)
-        longest = up(int(limit.max()), BUCKET)
+        longest = up(int(limit.max()), CHUNK)
         cache, out = write(a, longest, weights, cache, newest, np.maximum(position, 0), limit, key)
         found = Sampled(*jax.device_get(out))
         for row in np.flatnonzero(limit):
