@@ -3,15 +3,16 @@
 import statistics
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import jax
 
 from kernels.ceilings import Ceilings
 from rlrag.speed import update
-from rlrag.speed.floor import Rates, decoding, learning, prefilling, stepping
+from rlrag.speed.floor import Rates, cache_bytes, decoding, learning, prefilling, state_bytes, stepping
 from rlrag.speed.machine import compilations, memory_limit, peak_bytes, profiled
-from rlrag.speed.rollout import Player, packed, read, start
+from rlrag.speed.rollout import Player, Sizes, packed, read, start
 from rlrag.speed.searching import SearcherOf, SlowSearcher
 from rlrag.speed.shapes import Setting
 from rlrag.speed.update import Pupil, rows_of
@@ -35,6 +36,11 @@ def finished(row: Row, rates: Rates) -> Row:
     return row | {"peak_bytes": peak_bytes(), "ceiling_flops": rates.flops, "ceiling_bandwidth": rates.bandwidth}
 
 
+def longest(setting: Setting) -> int:
+    """Tokens of an episode of the rollout at most."""
+    return max(setting.talk.capacity, setting.decode.capacity)
+
+
 # -- rollout ----------------------------------------------------------------------------------------------------------
 
 
@@ -47,7 +53,7 @@ def rollout(
     a, talk = setting.architecture, setting.talk
     with compilations() as compiled:
         weights = packed(a, start(a))
-        player = Player(a, setting.sizes, max(talk.capacity, setting.decode.capacity))
+        player = Player(a, setting.sizes, longest(setting))
         player.play(weights, setting.decode, 2)
     built = {"compile_s": compiled.seconds}
     steady: list[Row] = []
@@ -107,7 +113,9 @@ def step(setting: Setting, ceilings: Ceilings, rounds: int, learns: str = "", pr
     a, episodes = setting.architecture, setting.questions * setting.group_size
     with compilations() as compiled:
         pupil = learner(setting, learns)
-        player = Player(a, setting.sizes, setting.learn.capacity)
+        # No shorter than the rollout's: where they are alike, it is the program that is compiled already.
+        capacity = max(longest(setting), setting.learn.capacity)
+        player = Player(a, beside(pupil, setting, capacity), capacity)
         first = whole(setting, player, pupil, ceilings, 0)
     rows = []
     for number in range(rounds):
@@ -116,11 +124,22 @@ def step(setting: Setting, ceilings: Ceilings, rounds: int, learns: str = "", pr
     with profiled(profile):
         if profile:
             whole(setting, player, pupil, ceilings, 0)
-    # Sampler and learner have the same weights in every step: no step's distance is due to learning.
-    worst = {name: max(row[name] for row in (first, *rows)) for name in ("gap_mean", "gap_max")}
+    # Sampler and learner have the same weights in every step, but for adapters, which the sampler does without.
+    alike = [first] if pupil.learns == update.ADAPTERS else [first, *rows]
+    worst = {name: max(row[name] for row in alike) for name in ("gap_mean", "gap_max")}
     programs = max(player.programs, most(pupil.programs))
     row = {"run": "step", "episodes": episodes} | medians(rows) | worst
     yield finished(row | {"compile_s": compiled.seconds, "programs": programs}, ceilings)
+
+
+def beside(pupil: Pupil, setting: Setting, capacity: int) -> Sizes:
+    """Sizes of the rollout beside a learner: the setting's, or where its pages would not fit, as many as are needed."""
+    a, sizes = setting.architecture, setting.sizes
+    learner_bytes = state_bytes(a, pupil.learns == update.ALL) if pupil.learns != update.ADAPTERS else 0
+    cache = sizes.max_episodes * capacity * cache_bytes(a)
+    if learner_bytes + cache < update.SPARE * memory_limit():
+        return sizes
+    return replace(sizes, max_episodes=setting.questions * setting.group_size)
 
 
 def whole(setting: Setting, player: Player, pupil: Pupil, rates: Rates, seed: int) -> Row:

@@ -102,8 +102,8 @@ class Volume(NamedTuple):
     """What playing some episodes takes, whatever the sampler."""
 
     sampled: int  # tokens
-    sampled_context: int  # summed over them: tokens in the cache when each is drawn
-    read: int  # tokens that are prompts and documents
+    sampled_context: int  # summed over them: tokens seen by the one that each follows
+    read: int  # tokens cached before a turn: all but the newest, which its first step reads
     read_context: int  # summed over them: tokens each sees, itself among them
 
 
@@ -112,10 +112,11 @@ def volume(episodes: Sequence[Sequence[Turn]]) -> Volume:
     for turns in episodes:
         length = 0
         for turn in turns:
-            count = len(turn.append)
-            read += count
-            read_context += count * length + count * (count + 1) // 2
-            length += count
+            cached = max(length - 1, 0)
+            length += len(turn.append)
+            fresh = length - 1 - cached
+            read += fresh
+            read_context += fresh * cached + fresh * (fresh + 1) // 2
             sampled += turn.length
             sampled_context += turn.length * length + turn.length * (turn.length - 1) // 2
             length += turn.length

@@ -13,7 +13,7 @@ from kernels.uncertainty import api as uncertainty_api
 APIS = (log_prob_api, uncertainty_api, advantage_api, decode_attention_api)
 
 
-@pytest.mark.parametrize(("operation", "api"), zip(OPERATIONS, APIS), ids=OPERATIONS)
+@pytest.mark.parametrize(("operation", "api"), list(zip(OPERATIONS, APIS)), ids=OPERATIONS)
 def test_new_entries_appear_by_themselves(operation, api, monkeypatch):
     here = {name for name, entry in api.IMPLEMENTATIONS.items() if "cpu" in entry.platforms}
     monkeypatch.setitem(api.IMPLEMENTATIONS, "new", api.IMPLEMENTATIONS["reference"])

@@ -32,7 +32,16 @@ sys.meta_path.insert(0, Refuses())
 sys.argv = sys.argv[1:]
 runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 """
-CORE = {"absl-py", "flax", "jax", "numpy", "optax", "scipy"}  # scipy comes with JAX
+CORE = {
+    "absl-py",
+    "flax",
+    "jax",
+    "numpy",
+    "optax",
+    "scipy",
+    "rich",
+    "orbax-checkpoint",
+}  # the last come with the others
 # Packages by the names under which they are imported, where these are others.
 MODULES = {"faiss-cpu": "faiss", "orbax-checkpoint": "orbax", "tensorboardx": "tensorboardX"}
 

@@ -3,7 +3,7 @@
 import pytest
 
 from kernels import ceilings
-from rlrag.speed import comparisons
+from rlrag.speed import comparisons, fixed_batch
 from tests.speed.tiny import SETTING
 
 
@@ -12,7 +12,9 @@ def probes():
     return ceilings.open_ceilings("float32", ceilings.QUICK)
 
 
-def test_the_engine_and_the_fixed_batch_sample_as_much(probes):
+def test_the_engine_and_the_fixed_batch_sample_as_much(probes, monkeypatch):
+    monkeypatch.setattr(fixed_batch, "BUCKET", 1280)  # one program in place of several
+    monkeypatch.setattr(fixed_batch, "CHUNK", 128)
     plain, engine = comparisons.fixed_batches(SETTING, probes, 1)
     assert (plain["run"], engine["run"]) == ("fixed batch", "engine")
     assert plain["sampled_tokens"] == engine["sampled_tokens"]

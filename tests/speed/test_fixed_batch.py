@@ -10,14 +10,14 @@ from rlrag.speed import fixed_batch, rollout
 from rlrag.speed.workload import Workload
 from tests.speed.tiny import ARCHITECTURE
 
-UNEVEN = Workload(ARCHITECTURE.vocab_size, prompt_tokens=5, turns=(1, 3), turn_tokens=(2, 9), document_tokens=(1, 4))
+UNEVEN = Workload(ARCHITECTURE.vocab_size, prompt_tokens=5, turns=(1, 2), turn_tokens=(2, 9), document_tokens=(1, 4))
 
 
 def test_log_probs_are_those_of_the_trunk(monkeypatch):
     params = rollout.start(ARCHITECTURE)
     weights = rollout.packed(ARCHITECTURE, params)
-    monkeypatch.setattr(fixed_batch, "BUCKET", 16)  # so that the cache grows
-    monkeypatch.setattr(fixed_batch, "CHUNK", 4)
+    monkeypatch.setattr(fixed_batch, "BUCKET", 24)  # so that the cache grows
+    monkeypatch.setattr(fixed_batch, "CHUNK", 16)
     turns_out = []
     write = fixed_batch.write
 

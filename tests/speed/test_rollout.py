@@ -26,8 +26,7 @@ def test_a_talk_is_played_to_its_lengths(player, weights):
     report = played.report(Rates)
     assert report["sampled_tokens"] == needed.sampled
     assert report["decode_flops"] == decoding(ARCHITECTURE, needed, 4).flops
-    # What was sampled last before a document is cached with it: the rounds count that too.
-    assert report["prefill_tokens"] == pytest.approx(needed.read, abs=6 * 2)
+    assert report["prefill_tokens"] == needed.read
     assert report["prefill_flops"] == prefilling(ARCHITECTURE, needed.read, needed.read_context, 32).flops
     assert report["search_wait_s"] >= 0.01
     assert 0 < report["slot_occupancy"] <= 1
@@ -45,12 +44,13 @@ def test_groups_share_their_prompt_and_its_floor(player, weights):
     assert alone.usage["shared_tokens"] == 0
     assert together.usage["shared_tokens"] == 7 * 32  # whole pages of 4
     assert together.usage["prefill_tokens"] == 32
-    assert together.prefilling.flops == pytest.approx(alone.prefilling.flops / 8)
+    # Mixing is counted for the mean episode: the one that reads the prompt is charged no more for it than for any.
+    assert together.prefilling.flops == pytest.approx(alone.prefilling.flops / 8, rel=0.1)
     assert together.decoding == alone.decoding
     assert player.programs == 1
 
 
 def test_what_is_shared_sees_the_least():
     needed = volume([Workload(64, prompt_tokens=9).episode("a")])
-    assert rollout.read(needed, 4, 1) == (5, 5 + 6 + 7 + 8 + 9)
-    assert rollout.read(needed, 0, 1) == (9, 45)
+    assert rollout.read(needed, 4, 1) == (4, 5 + 6 + 7 + 8)
+    assert rollout.read(needed, 0, 1) == (8, 36)

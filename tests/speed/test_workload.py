@@ -51,14 +51,16 @@ def test_volume_counts_what_each_token_sees():
     episodes = [UNEVEN.episode(str(n)) for n in range(5)]
     sampled = sampled_context = read = read_context = 0
     for turns in episodes:
-        cached = 0
+        length = cached = 0
         for turn in turns:
-            for _ in turn.append:
+            length += len(turn.append)
+            while cached < length - 1:
                 cached += 1
                 read, read_context = read + 1, read_context + cached
             for _ in range(turn.length):
+                cached += 1  # the newest goes in, and sees itself
                 sampled, sampled_context = sampled + 1, sampled_context + cached
-                cached += 1
+                length += 1
     assert volume(episodes) == (sampled, sampled_context, read, read_context)
 
 
