@@ -20,13 +20,18 @@ from rlrag.model.architecture import Architecture
 from rlrag.model.attention import attend, views
 from rlrag.model.decoding import WHOLE, DecodeWeights
 from rlrag.model.transformer import extend, vocabulary_logits
-from rlrag.rollout import cache as kv
-from rlrag.rollout.cache import Cache
 from rlrag.rollout.sampling import Controls, sample
 from rlrag.speed.workload import Turn
 
 BUCKET = 256  # tokens by which the cache grows
 CHUNK = 64  # whose multiples what is read is padded to
+
+
+class Cache(NamedTuple):
+    """Per layer [K, B, S, H]."""
+
+    keys: tuple[jax.Array, ...]
+    values: tuple[jax.Array, ...]
 
 
 class Sampled(NamedTuple):
@@ -116,7 +121,6 @@ def read(a: Architecture, weights: DecodeWeights, cache: Cache, tokens, start, c
 def write(a: Architecture, longest: int, weights: DecodeWeights, cache: Cache, token, position, limit, root):
     """Sample up to `limit` tokens in each row, until all rows have theirs."""
     B, room = token.shape[0], cache.keys[0].shape[2]
-    plain = Controls(jnp.ones(B), jnp.zeros(B, jnp.int32), jnp.ones(B), jnp.full((B, 0), -1, jnp.int32))
     numbers = [jnp.zeros((B, longest), dtype) for dtype in (jnp.int32, *[jnp.float32] * 4)]
 
     def going(state) -> jax.Array:
@@ -129,14 +133,27 @@ def write(a: Architecture, longest: int, weights: DecodeWeights, cache: Cache, t
         cache, hidden = extended(a, weights, cache, token[:, None], at, target)
         logits = vocabulary_logits(weights, hidden[:, 0], WHOLE)
         uniform = jax.random.uniform(jax.random.fold_in(root, number), (B,))
-        drawn, kept = sample(logits, uniform, plain)
-        stats = uncertainty(logits, drawn, plain.temperature, kept, masked=False)
-        new = (drawn, stats.log_prob, stats.entropy, stats.certainty, stats.margin)
+        new = draw(logits, uniform)
         out = [jax.lax.dynamic_update_slice_in_dim(old, x[:, None], number, 1) for old, x in zip(out, new)]
-        return number + 1, jnp.where(number < limit, drawn, token), cache, out
+        return number + 1, jnp.where(number < limit, new[0], token), cache, out
 
     steps, _, cache, out = jax.lax.while_loop(going, step, (jnp.int32(0), token, cache, numbers))
     return cache, Sampled(*out, steps)
+
+
+def draw(logits: jax.Array, uniform: jax.Array) -> tuple[jax.Array, ...]:
+    """A token a row, as the engine draws it unfiltered at temperature 1, and its statistics; [B] each."""
+    B = logits.shape[0]
+    plain = Controls(jnp.ones(B), jnp.zeros(B, jnp.int32), jnp.ones(B), jnp.full((B, 0), -1, jnp.int32))
+    token, kept = sample(logits, uniform, plain)
+    stats = uncertainty(logits, token, plain.temperature, kept, masked=False)
+    return token, stats.log_prob, stats.entropy, stats.certainty, stats.margin
+
+
+def put(store: jax.Array, positions: jax.Array, new: jax.Array) -> jax.Array:
+    """Write new [B, C, K, H] at positions [B, C] of a store [K, B, S, H]; a position >= S is dropped."""
+    rows = jnp.arange(store.shape[1])[:, None]
+    return store.at[:, rows, positions].set(new.transpose(2, 0, 1, 3), mode="drop", unique_indices=True)
 
 
 def extended(
@@ -148,8 +165,8 @@ def extended(
     keys, values = list(cache.keys), list(cache.values)
 
     def mix(number: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        keys[number] = kv.write(keys[number], target, k)
-        values[number] = kv.write(values[number], target, v)
+        keys[number] = put(keys[number], target, k)
+        values[number] = put(values[number], target, v)
         return attend(q, keys[number], values[number], seen[a.local[number]], a.attention_scale or None)
 
     hidden = extend(weights, a, tokens, positions, mix)

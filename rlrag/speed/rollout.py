@@ -125,20 +125,17 @@ class Player:
         engine.close()
         usage = engine.usage.metrics()
         turns = [workload.episode(example.id) for example in examples for _ in range(group_size)]
-        return Played(engine.usage.seconds, usage, *self.work(turns, usage), groups)
+        return Played(engine.usage.seconds, usage, *self.work(turns, group_size, usage["shared_tokens"]), groups)
 
-    def work(self, episodes: Sequence[Sequence[Turn]], usage: dict[str, float]) -> tuple[Work, Work]:
-        """Of decoding and of prefill. Shared tokens are the first of their episodes, and so see the fewest."""
+    def work(self, episodes: Sequence[Sequence[Turn]], group_size: int, shared: float) -> tuple[Work, Work]:
+        """Of decoding and of prefill. Of a group all but one share what they begin with."""
         a, needed, sizes = self.architecture, volume(episodes), self.sizes
-        return (
-            decoding(a, needed, sizes.num_slots),
-            prefilling(
-                a, *read(needed, usage["shared_tokens"], len(episodes)), sizes.prefill_rows * sizes.prefill_chunk
-            ),
-        )
+        sharers = len(episodes) * (1 - 1 / group_size) or len(episodes)
+        reading = prefilling(a, *read(needed, shared, sharers), sizes.prefill_rows * sizes.prefill_chunk)
+        return decoding(a, needed, sizes.num_slots), reading
 
 
-def read(needed: Volume, shared: float, episodes: int) -> tuple[float, float]:
-    """Tokens that are read less those shared, evenly over episodes; and what they see."""
-    each = shared / max(episodes, 1)
-    return needed.read - shared, max(needed.read_context - episodes * each * (each + 1) / 2, 0.0)
+def read(needed: Volume, shared: float, sharers: float) -> tuple[float, float]:
+    """Tokens that are read less those shared, which are the first of `sharers` episodes alike; and what they see."""
+    each = shared / max(sharers, 1)
+    return needed.read - shared, max(needed.read_context - sharers * each * (each + 1) / 2, 0.0)
