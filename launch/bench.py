@@ -139,7 +139,7 @@ def setting_of(f: flags.FlagValues):
 
     setting = shapes.demo() if f.shape == "demo" else shapes.published(architecture(f.shape))
     dtype = f.dtype or ("float32" if jax.default_backend() == "cpu" else "")
-    changes = {name: f[name].value for name in CHANGES}
+    changes: dict[str, Any] = {name: f[name].value for name in CHANGES}
     return shapes.changed(setting, layers=f.layers, scale=f.scale, dtype=dtype, changes=changes)
 
 

@@ -138,7 +138,7 @@ def write(a: Architecture, longest: int, weights: DecodeWeights, cache: Cache, t
         return number + 1, jnp.where(number < limit, new[0], token), cache, out
 
     steps, _, cache, out = jax.lax.while_loop(going, step, (jnp.int32(0), token, cache, numbers))
-    return cache, Sampled(*out, steps)
+    return cache, Sampled(*out, steps=steps)
 
 
 def draw(logits: jax.Array, uniform: jax.Array) -> tuple[jax.Array, ...]:

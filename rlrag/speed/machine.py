@@ -55,9 +55,9 @@ def compilations() -> Iterator[Compiled]:
     """What is compiled inside, by any thread."""
     found = Compiled()
 
-    def note(event: str, duration: float, **_: Any) -> None:
+    def note(event: str, duration_secs: float, **kwargs: Any) -> None:
         if event == COMPILING:
-            found.seconds += duration
+            found.seconds += duration_secs
             found.programs += 1
 
     jax.monitoring.register_event_duration_secs_listener(note)

@@ -106,7 +106,7 @@ class Player:
     @property
     def programs(self) -> int:
         """Compilations of the program so far: 1, or something recompiled."""
-        return self.decoder.advance._cache_size()
+        return self.decoder.advance._cache_size()  # type: ignore[attr-defined]
 
     def play(
         self, weights: DecodeWeights, workload: Workload, episodes: int, *, group_size: int = 1, searcher: Any = None,

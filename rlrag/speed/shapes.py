@@ -114,7 +114,7 @@ def between(name: str, value: int) -> Any:
 
 
 def smaller(a: Architecture, layers: int, scale: int, dtype: str) -> Architecture:
-    """Heads keep their size where they can, so that programs are alike."""
+    """Widths divided by scale, as far as an architecture can be made of them."""
     heads = max(1, a.num_heads // scale)
     kv_heads = max(k for k in range(1, min(a.num_kv_heads, heads) + 1) if heads % k == 0)
     return replace(
@@ -125,7 +125,7 @@ def smaller(a: Architecture, layers: int, scale: int, dtype: str) -> Architectur
         mlp_dim=max(16, a.mlp_dim // scale),
         num_heads=heads,
         num_kv_heads=kv_heads,
-        head_dim=a.head_dim if scale == 1 else max(8, a.head_dim // scale),
+        head_dim=a.head_dim if scale == 1 else max(8, a.head_dim // scale // 2 * 2),
         dtype=dtype or a.dtype,
         param_dtype=dtype or a.param_dtype,
     )

@@ -59,7 +59,7 @@ def test_the_check_finds_wrong_numbers(rows):
 
 def test_what_does_not_build_or_run_is_told_in_one_line(rows):
     assert rows["unbuilt"].error == "NotImplementedError: no such kernel"
-    assert "out of memory" in rows["crashing"].error
+    assert rows["crashing"].error.startswith("JaxRuntimeError: ")
     assert np.isnan(rows["crashing"].median_s)
     assert rows["crashing"].temporary_bytes >= 0  # it compiled: what it would have taken is known
 
@@ -105,6 +105,7 @@ def test_many_calls_in_one_program_are_all_made():
 
 def test_nothing_is_moved_out_of_the_loop():
     text = jax.jit(lambda x: again(lambda x: x @ x, 5, x)).lower(jnp.ones((32, 32))).compile().as_text()
-    body = text[text.index("region") :]
-    assert "dot" in body
+    before, _, entry = text.partition("ENTRY")
+    assert " dot(" in before
+    assert " dot(" not in entry
     assert measurement.peak_bytes() >= 0
