@@ -36,7 +36,7 @@ class RecurrenceSpec(NamedTuple):
 
 
 class DecodeSpec(NamedTuple):
-    """Attention of one decode step in one layer (num_attention_heads, num_key_value_heads and head_dim of config.json)."""
+    """Attention of a decode step in one layer (num_attention_heads, num_key_value_heads, head_dim of config.json)."""
 
     name: str
     heads: int  # N

@@ -1,12 +1,12 @@
 """Decode attention over pages: what a slot's newest token sees of its stream, read where it lies.
 
 The store of the rollout (rlrag/rollout/cache.py) keeps the tokens of all streams in pages of a fixed size, heads
-leading, and a table lists each stream's pages in order. Only live pages are read: decoding is bound by memory, and
-reading the room that a slot might grow into costs as much as reading what it has.
+leading, and a table lists each stream's pages in order. Only live pages are read: decoding is bound by memory, and the
+room that a slot might grow into costs as much to read as what it has.
 
-cuDNN (``jax.nn.dot_product_attention`` with ``key_value_seq_lengths``) is deliberately no implementation, not even where
-a slot is one page: it wants keys as [B, S, K, H] in the order of the slots, while the store has heads first and pages in
-the order in which they came free. To call it, the whole cache would be transposed and gathered at every step.
+cuDNN (``jax.nn.dot_product_attention`` with ``key_value_seq_lengths``) is deliberately no implementation, not even
+where a slot is one page: it wants keys as [B, S, K, H] in the order of the slots, while the store has heads first and
+pages in the order in which they came free. All of the cache would be gathered and transposed at every step.
 """
 
 import functools

@@ -8,16 +8,20 @@ from kernels.decode_attention.reference import MASKED, visible
 
 Array = jax.Array
 
-BLOCK_TOKENS = 128  # of a slot and turn: one turn's scores and gathered keys stay in cache
+# Tokens of a slot in one turn. On CPU a turn's keys and scores stay in cache. On a GPU a loop whose end the data decide
+# waits for the host at every turn, so turns are few.
+BLOCK_TOKENS = {"cpu": 128}
+BLOCK_TOKENS_DEFAULT = 1024
 
 
 def attend(
     query: Array, keys: Array, values: Array, table: Array, length: Array, *, page_size: int, window: int | None,
-    block_tokens: int = BLOCK_TOKENS,
+    block_tokens: int | None = None,
 ) -> Array:  # fmt: skip
     """As ``reference.attend``. The loop's trip count is dynamic, so one compilation serves all lengths."""
     B, N, H = query.shape
     K = keys.shape[0]
+    block_tokens = block_tokens or BLOCK_TOKENS.get(jax.default_backend(), BLOCK_TOKENS_DEFAULT)
     # Pages longer than a block are read in pieces, shorter ones several at a time.
     piece = next(size for size in range(min(page_size, block_tokens), 0, -1) if page_size % size == 0)
     pieces_per_page, pieces = page_size // piece, max(1, block_tokens // piece)
@@ -35,7 +39,7 @@ def attend(
         scores = jnp.einsum("bkgh,kbsh->kbgs", q, key, preferred_element_type=jnp.float32)
         scores = jnp.where(seen[:, None], scores, MASKED)
         new_most = jnp.maximum(most, scores.max(-1))
-        # Where nothing has been seen yet the maximum is MASKED and every weight 1, of values that are 0.
+        # Where nothing has been seen yet the maximum is MASKED, and what is masked would weigh 1.
         weights = jnp.where(seen[:, None], jnp.exp(scores - new_most[..., None]), 0)
         value = jnp.where(seen[..., None], value, 0)
         mixed = jnp.einsum("kbgs,kbsh->kbgh", weights.astype(value.dtype), value, preferred_element_type=jnp.float32)

@@ -7,10 +7,10 @@ the G queries of the group. All that counts is to keep loads in flight, so the k
   slot's length, so that the multiprocessors finish together; parts past a slot's end have nothing to do. 128 slots of
   2k tokens over 2 kv heads are 512 blocks of work.
 - One warpgroup a block. Keys and values of 64 tokens are a tile, `stages` tiles are on their way at any time, and the
-  next is asked for as soon as one is done with; about 100 kB of shared memory, so that two blocks share a
-  multiprocessor and one computes while the other waits. No producer warp: the thread that asks for a tile does not wait.
-- The page table stays in device memory. The entry of a tile that is asked for at the end of a turn is read at the turn's
-  beginning, so that its latency hides behind the turn's products. Of pages shorter than a tile several are loaded.
+  next is asked for as soon as one is done with; 112 KiB of shared memory at H = 128, so that two blocks share a
+  multiprocessor and one computes while the other waits. No producer warp: who asks for a tile does not wait for it.
+- The page table stays in device memory. The entry of a tile that is asked for at the end of a turn is read at its
+  beginning, so that the latency hides behind the turn's products. Of pages shorter than a tile several are loaded.
 - Scores and mixed values are wgmma products, whose least size is 64 rows; the group's queries fill 1 to 16 of them and
   what stands in the others is never written out. At 4.8 TB/s that is about 40 % of the tensor cores' time (H = 128).
   Plain multiply-adds would take two thirds of the vector units at G = 8, on top of the softmax.

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from kernels.dispatch import current_platform
 from kernels.uncertainty.api import uncertainty
 from rlrag.mesh import DATA, MODEL
 from rlrag.model.architecture import Architecture
@@ -23,10 +24,12 @@ from rlrag.model.attention import attend, views
 from rlrag.model.decoding import WHOLE, DecodeWeights, Parts, abstract_weights, parts
 from rlrag.model.transformer import extend, vocabulary_logits
 from rlrag.rollout import cache as kv
+from rlrag.rollout import lanes, paged
 from rlrag.rollout.cache import Cache
 from rlrag.rollout.sampling import Array, Controls, sample
 
 RUNNING, STOPPED, ENDED, LIMITED = 0, 1, 2, 3  # why a slot's burst is over
+LANES, PAGES = "lanes", "pages"  # what a burst works on: copies of the pages in its lanes, or the pages themselves
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,7 @@ class Spec:
     prefill_chunk: int  # tokens a row and chunk
     prefill_chunks: int  # chunks a round at most
     num_kept: int  # capacity of filtered sets (top-k, top-p, allowed ids); 0: filters cannot be used
+    decode: str = ""  # on LANES or PAGES; empty: as suits the platform
 
     @property
     def kept_width(self) -> int:
@@ -53,9 +57,15 @@ class Spec:
     def pages_per_stream(self) -> int:
         return self.max_tokens // self.page_size
 
+    @property
+    def on_pages(self) -> bool:
+        way = self.decode or (LANES if current_platform() == "cpu" else PAGES)
+        assert way in (LANES, PAGES), way
+        return way == PAGES
+
 
 class Prefill(NamedTuple):
-    """Tokens to cache. A row's later chunk may follow in a later entry of J: entries run in order."""
+    """Tokens to cache. Pieces of one stream may lie in rows of one entry of J and in later ones, which run in order."""
 
     tokens: Array  # int [J, R, C]
     start: Array  # int [J, R] position of the first
@@ -75,6 +85,8 @@ class Decode(NamedTuple):
     stop_state: Array  # int [B]
     stream: Array  # uint32 [B] names the stream: part of the sampling key
     once: Array  # bool [B] emitted ids are struck from `allowed`
+    fresh: Array  # int [B] first the slots whose stream was not there in the round before
+    num_fresh: Array  # int [shards] how many those are
     adapters: Array | None  # float [B, A]
     controls: Controls
 
@@ -105,13 +117,27 @@ class Burst:
 
     step: jax.Array
     most: jax.Array  # slots that run still, on the shard that has most of them
-    view: Cache
+    cache: Cache
     token: jax.Array
     stop_state: jax.Array
     reason: jax.Array
     count: jax.Array
     allowed: jax.Array
     out: tuple[jax.Array, ...]
+
+
+def empty_cache(a: Architecture, spec: Spec, mesh: Mesh) -> Cache:
+    """mesh: of this process's devices."""
+    heads = parts(a, mesh.shape[MODEL]).num_kv_heads(a)
+    own = 0 if spec.on_pages else spec.num_slots
+    return kv.empty(a, spec.num_pages, spec.page_size, own, spec.max_tokens, heads)
+
+
+def cache_partitions(a: Architecture, spec: Spec, mesh: Mesh) -> Cache:
+    """A PartitionSpec for every array of the cache."""
+    heads = MODEL if parts(a, mesh.shape[MODEL]).heads > 1 else None
+    page, lane = (PartitionSpec(heads, DATA),) * a.num_layers, (PartitionSpec(DATA, heads),) * a.num_layers
+    return Cache(page, page, *[() if spec.on_pages else lane] * 2)
 
 
 def agreed(number: jax.Array, cut: Parts) -> jax.Array:
@@ -144,7 +170,7 @@ def prefill(
             return attend(q, key_view, value_view, seen[a.local[number]], a.attention_scale or None)
 
         extend(weights, a, tokens, positions, mix, None if inbox.adapters is None else inbox.adapters[j], cut)
-        return Cache(tuple(keys), tuple(values))
+        return cache._replace(keys=tuple(keys), values=tuple(values))
 
     return jax.lax.fori_loop(0, agreed(inbox.num_chunks[0], cut), chunk, cache)
 
@@ -156,7 +182,13 @@ def burst(
     """Decode until every slot has stopped or `spec.burst` steps are done."""
     B, N = inbox.token.shape[0], spec.burst
     keys = jax.vmap(partial(jax.random.fold_in, root))(inbox.stream)
-    view = Cache(*(tuple(kv.gather(store, inbox.table, spec.page_size) for store in half) for half in cache))
+    # Of all steps at once: a generator that runs inside the loop costs more there than what it is for.
+    after = inbox.position[:, None] + 1 + jnp.arange(N)
+    uniforms = jax.vmap(jax.vmap(lambda key, at: jax.random.uniform(jax.random.fold_in(key, at)), (None, 0)))(
+        keys, after
+    )
+    way = paged if spec.on_pages else lanes
+    cache = way.enter(cache, inbox.fresh, inbox.num_fresh[0], inbox.table, spec.page_size)
 
     def running(reason: jax.Array) -> jax.Array:
         return agreed(jnp.sum(reason == RUNNING, dtype=jnp.int32), cut)
@@ -167,20 +199,11 @@ def burst(
     def body(s: Burst) -> Burst:
         live = s.reason == RUNNING
         position = inbox.position + s.count  # of the token that goes in
-        cached = jnp.arange(spec.max_tokens)[None]
-        seen = views(a, (cached <= position[:, None])[:, None], position[:, None], cached)
-        target = jnp.where(live, position, spec.max_tokens)[:, None]
-        key_view, value_view = list(s.view.keys), list(s.view.values)
-
-        def mix(number: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-            key_view[number] = kv.write(key_view[number], target, k)
-            value_view[number] = kv.write(value_view[number], target, v)
-            return attend(q, key_view[number], value_view[number], seen[a.local[number]], a.attention_scale or None)
-
+        mix, written = way.mixer(s.cache, inbox.table, position, live, spec.page_size, a)
         hidden = extend(weights, a, s.token[:, None], position[:, None], mix, inbox.adapters, cut)[:, 0]
         logits = vocabulary_logits(weights, hidden, cut)
         controls = inbox.controls._replace(allowed=s.allowed)
-        uniform = jax.vmap(lambda key, at: jax.random.uniform(jax.random.fold_in(key, at)))(keys, position + 1)
+        uniform = jax.lax.dynamic_index_in_dim(uniforms, s.step, 1, keepdims=False)
         token, kept = sample(logits, uniform, controls)
         stats = uncertainty(logits, token, controls.temperature, kept, masked=False)
         new = (token, stats.log_prob, stats.entropy, stats.certainty, stats.margin, kept)
@@ -195,7 +218,7 @@ def burst(
         return Burst(
             step=s.step + 1,
             most=running(reason),
-            view=Cache(tuple(key_view), tuple(value_view)),
+            cache=written(),
             token=jnp.where(live, token, s.token),
             stop_state=stop_state,
             reason=reason,
@@ -209,7 +232,7 @@ def burst(
     start = Burst(
         step=jnp.int32(0),
         most=running(reason),
-        view=view,
+        cache=cache,
         token=inbox.token,
         stop_state=inbox.stop_state,
         reason=reason,
@@ -223,22 +246,13 @@ def burst(
     missing = spec.kept_width - spec.num_kept
     emitted = emitted._replace(kept=jnp.pad(emitted.kept, ((0, 0), (0, 0), (0, missing)), constant_values=-1))
 
-    # A live slot cached the token at `position` and all it emitted but the newest: `count` tokens from `position` on.
-    positions = inbox.position[:, None] + jnp.arange(N)
-    index = kv.token_index(inbox.table, positions, spec.page_size)
-    past = cache.keys[0].shape[1] + jnp.arange(B * N).reshape(B, N)
-    index = jnp.where(jnp.arange(N) < s.count[:, None], index, past)
-    stored = [
-        tuple(kv.scatter(store, index, kv.read(half, positions)) for store, half in zip(stores, halves))
-        for stores, halves in zip(cache, s.view)
-    ]
-    return Cache(*stored), emitted
+    return way.leave(s.cache, inbox.table, inbox.position, s.count, N, spec.page_size), emitted
 
 
 SHARD, EVERYWHERE, SECOND = PartitionSpec(DATA), PartitionSpec(), PartitionSpec(None, DATA)
 INBOX = Inbox(
     prefill=Prefill(*[SECOND] * 5, num_chunks=SHARD),
-    decode=Decode(*[SHARD] * 8, controls=Controls(*[SHARD] * 4)),
+    decode=Decode(*[SHARD] * 10, controls=Controls(*[SHARD] * 4)),
 )
 
 
@@ -258,7 +272,7 @@ def build_advance(spec: Spec, a: Architecture, end_id: int, mesh: Mesh):
         cache = prefill(weights, cache, inbox.prefill, spec, a, cut)
         return burst(weights, cache, inbox.decode, stops, accepting, root, end_id, spec, a, cut)
 
-    cached = PartitionSpec(MODEL if cut.heads > 1 else None, DATA)
+    cached = cache_partitions(a, spec, mesh)
     weights = jax.tree.map(lambda leaf: leaf.sharding, abstract_weights(a, mesh))
     mapped = jax.shard_map(
         advance,

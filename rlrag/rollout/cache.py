@@ -1,8 +1,7 @@
-"""The key/value cache: pages are the store, a contiguous view of some streams is what attention reads.
+"""The key/value cache: pages are the store; where attention over pages is slow, decode lanes have copies (lanes.py).
 
-Where attention over pages is slow (CPU) a round works on a view gathered before it and writes the new tokens back
-after it. A page table row lists a stream's pages in order; entries past its end are never read, because the causal
-mask ends before them, and never written, because writes name positions.
+A page table row lists a stream's pages in order; entries past its end are never read, because the causal mask ends
+before them, and never written, because writes name positions.
 """
 
 from typing import NamedTuple
@@ -13,23 +12,33 @@ import jax.numpy as jnp
 from rlrag.mesh import constrain
 from rlrag.model.architecture import Architecture
 
+TILE = 32  # tokens of a lane whose keys lie together
+
 
 class Cache(NamedTuple):
-    """Per layer [K, P * page, H]: heads lead, so that gathered pages are the view attention wants, untransposed."""
+    """Per layer. In pages heads lead: gathered, they need no transposition. In lanes the keys of `TILE` tokens lie
+    together with tokens last, n tiles: XLA for CPU then computes scores at the speed of memory (docs/LOG.md)."""
 
-    keys: tuple[jax.Array, ...]
-    values: tuple[jax.Array, ...]
+    keys: tuple[jax.Array, ...]  # [K, P * page, H]
+    values: tuple[jax.Array, ...]  # [K, P * page, H]
+    lane_keys: tuple[jax.Array, ...]  # [B, K, n, H, TILE] of the streams in decode lanes
+    lane_values: tuple[jax.Array, ...]  # [B, K, n * TILE, H]
 
 
-def empty(architecture: Architecture, num_pages: int, page_size: int, num_kv_heads: int = 0) -> Cache:
-    """num_kv_heads: over all devices, where some stand several times; 0: the architecture's."""
-    shape = (num_kv_heads or architecture.num_kv_heads, num_pages * page_size, architecture.head_dim)
-    layers = range(architecture.num_layers)
+def empty(a: Architecture, num_pages: int, page_size: int, num_lanes: int, max_tokens: int, num_kv_heads: int = 0) -> Cache:  # fmt: skip # noqa: E501
+    """num_lanes: 0 where a burst works on the pages. num_kv_heads: over all devices, where some stand several times; 0:
+    the architecture's."""
+    K, H = num_kv_heads or a.num_kv_heads, a.head_dim
 
-    def zeros() -> jax.Array:
-        return constrain(jnp.zeros(shape, architecture.dtype), "kv_heads", "pages", None)
+    def zeros(names: tuple[str, ...], *shape: int) -> tuple[jax.Array, ...]:
+        free = [None] * (len(shape) - len(names))
+        return tuple(constrain(jnp.zeros(shape, a.dtype), *names, *free) for _ in range(a.num_layers))
 
-    return Cache(tuple(zeros() for _ in layers), tuple(zeros() for _ in layers))
+    page = ("kv_heads", "pages"), K, num_pages * page_size, H
+    if not num_lanes:
+        return Cache(zeros(*page), zeros(*page), (), ())
+    lane, tiles = (("pages", "kv_heads"), num_lanes, K), -(-max_tokens // TILE)
+    return Cache(zeros(*page), zeros(*page), zeros(*lane, tiles, H, TILE), zeros(*lane, tiles * TILE, H))
 
 
 def token_index(table: jax.Array, positions: jax.Array, page_size: int) -> jax.Array:
@@ -49,17 +58,3 @@ def scatter(store: jax.Array, index: jax.Array, new: jax.Array) -> jax.Array:
     """Write new [B, C, K, H] at places index [B, C]; an index past the end is dropped."""
     flat = new.reshape(-1, *new.shape[2:]).transpose(1, 0, 2).astype(store.dtype)
     return store.at[:, index.reshape(-1)].set(flat, mode="drop", unique_indices=True)
-
-
-def write(view: jax.Array, positions: jax.Array, new: jax.Array) -> jax.Array:
-    """Write new [B, C, K, H] into the view [K, B, S, H] at positions [B, C]; a position >= S is dropped."""
-    rows = jnp.arange(view.shape[1])[:, None]
-    return view.at[:, rows, positions].set(
-        new.transpose(2, 0, 1, 3).astype(view.dtype), mode="drop", unique_indices=True
-    )
-
-
-def read(view: jax.Array, positions: jax.Array) -> jax.Array:
-    """view [K, B, S, H] at positions [B, C] -> [B, C, K, H]; positions past the end repeat the last."""
-    rows = jnp.arange(view.shape[1])[:, None]
-    return view[:, rows, jnp.minimum(positions, view.shape[2] - 1)].transpose(1, 2, 0, 3)
