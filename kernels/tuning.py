@@ -77,8 +77,12 @@ def tileable(platform: str) -> dict[str, dict[str, ModuleType]]:
 
 
 def module_of(entry: dispatch.Implementation) -> ModuleType:
-    """That holds the implementation."""
-    return entry.run if isinstance(entry.run, ModuleType) else sys.modules[entry.run.__module__]
+    """That holds the implementation: of what a partial function is given, where it is given functions."""
+    if isinstance(entry.run, ModuleType):
+        return entry.run
+    functions = [each for each in getattr(entry.run, "args", ()) if callable(each)]
+    function = functions[0] if functions else getattr(entry.run, "func", entry.run)
+    return sys.modules[function.__module__]
 
 
 def tune(only: Sequence[str], size: str, repeats: int, ceilings: Ceilings) -> str:
