@@ -106,7 +106,7 @@ def play(task: Task, part, limit_s: float) -> None:
     if hung and part.outcome.startswith("no time"):
         left = limit_s - (time.monotonic() - begin)
         part.outcome, part.figures = run(task, (f"--without={hung}",), left)
-        part.outcome += f" ({hung} hung, and was left out)"
+        part.outcome += f" ({hung} did not come back, and was left out)"
     part.seconds = time.monotonic() - begin
 
 
