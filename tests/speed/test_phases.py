@@ -19,7 +19,7 @@ def test_a_rollout_has_a_row_of_decoding_and_one_for_each_latency(probes):
     with searchers([0.0, 0.02], server=False) as searcher_of:
         decode, none, slow = phases.rollout(SETTING, probes, [0.0, 0.02], searcher_of, 1)
     assert [row["run"] for row in (decode, none, slow)] == ["decode", "search 0 ms", "search 20 ms"]
-    assert decode["slot_occupancy"] == 1
+    assert 0 < decode["slot_occupancy"] <= 1
     assert decode["sampled_tokens"] == 4 * 7
     assert none["ratio"] == 1
     assert slow["search_wait_s"] >= 0.02
