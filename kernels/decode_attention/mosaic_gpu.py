@@ -204,4 +204,5 @@ def product(left: Any, right: Any, transposed: bool = False) -> Array:
         return accumulator[...]
 
     n = right.shape[0 if transposed else 1]
-    return pl.run_scoped(multiply, plgpu.ACC((left.shape[0], n), jnp.float32))
+    accumulator = plgpu.ACC  # type: ignore[attr-defined]  # public, and not in the module's list
+    return pl.run_scoped(multiply, accumulator((left.shape[0], n), jnp.float32))

@@ -41,11 +41,11 @@ def attend(
     group = -(-(N // K) // ROWS) * ROWS
     q = jnp.pad(query.reshape(B, K, N // K, H), ((0, 0), (0, 0), (0, group - N // K), (0, 0)))
 
-    def page(b: Array, i: Array, table: Array, length: Array) -> tuple[Array, Array, Array]:
+    def page(b: Array, i: Array, table: Array, length: Array) -> tuple:
         first, last = live_pages(length[b], page_size, window)
         return 0, table[b * n + jnp.clip(i, first, last)], 0
 
-    def slot(b: Array, i: Array, table: Array, length: Array) -> tuple[Array, ...]:
+    def slot(b: Array, i: Array, table: Array, length: Array) -> tuple:
         return b, 0, 0, 0
 
     own, kv = pl.BlockSpec((None, K, group, H), slot), pl.BlockSpec((K, page_size, H), page)
@@ -68,7 +68,7 @@ def attend(
     return out[:, :, : N // K].reshape(B, N, H)
 
 
-def live_pages(length: Array, page_size: int, window: int | None) -> tuple[Array, Array]:
+def live_pages(length: Array, page_size: int, window: int | None) -> tuple[Array | int, Array]:
     """The first and the last page that a slot sees something of; 0, 0 where it is idle."""
     first = lax.div(jnp.maximum(length - window, 0), page_size) if window else 0
     return first, lax.div(jnp.maximum(length - 1, 0), page_size)

@@ -9,7 +9,7 @@ one with most to do: devices that wait for each other must come to the same sums
 
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
@@ -133,11 +133,12 @@ def empty_cache(a: Architecture, spec: Spec, mesh: Mesh) -> Cache:
     return kv.empty(a, spec.num_pages, spec.page_size, own, spec.max_tokens, heads)
 
 
-def cache_partitions(a: Architecture, spec: Spec, mesh: Mesh) -> Cache:
+def cache_partitions(a: Architecture, spec: Spec, mesh: Mesh) -> Any:
     """A PartitionSpec for every array of the cache."""
     heads = MODEL if parts(a, mesh.shape[MODEL]).heads > 1 else None
     page, lane = (PartitionSpec(heads, DATA),) * a.num_layers, (PartitionSpec(DATA, heads),) * a.num_layers
-    return Cache(page, page, *[() if spec.on_pages else lane] * 2)
+    own = () if spec.on_pages else lane
+    return Cache(page, page, own, own)  # type: ignore[arg-type]  # specs in the cache's tree
 
 
 def agreed(number: jax.Array, cut: Parts) -> jax.Array:
