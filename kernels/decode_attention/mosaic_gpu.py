@@ -200,7 +200,7 @@ def product(left: Any, right: Any, transposed: bool = False) -> Array:
         return lax.dot_general(left[...], right[...], dims, preferred_element_type=jnp.float32)
 
     def multiply(accumulator: Any) -> Array:
-        plgpu.wgmma(accumulator, left, plgpu.transpose_ref(right, (1, 0)) if transposed else right)
+        plgpu.wgmma(accumulator, left, right.T if transposed else right)
         return accumulator[...]
 
     n = right.shape[0 if transposed else 1]

@@ -87,6 +87,7 @@ class Decode(NamedTuple):
     once: Array  # bool [B] emitted ids are struck from `allowed`
     fresh: Array  # int [B] first the slots whose stream was not there in the round before
     num_fresh: Array  # int [shards] how many those are
+    patience: Array  # int [shards] steps that slots may stand still, in all, after they have stopped
     adapters: Array | None  # float [B, A]
     controls: Controls
 
@@ -116,7 +117,8 @@ class Burst:
     """Loop state of a burst."""
 
     step: jax.Array
-    most: jax.Array  # slots that run still, on the shard that has most of them
+    most: jax.Array  # slots that the next step is for, on the shard that has most of them
+    idle: jax.Array  # steps that slots of this shard have stood still
     cache: Cache
     token: jax.Array
     stop_state: jax.Array
@@ -180,7 +182,7 @@ def burst(
     weights: DecodeWeights, cache: Cache, inbox: Decode, stops: jax.Array, accepting: jax.Array, root: jax.Array,
     end_id: int, spec: Spec, a: Architecture, cut: Parts = WHOLE,
 ) -> tuple[Cache, Outbox]:  # fmt: skip
-    """Decode until every slot has stopped or `spec.burst` steps are done."""
+    """Decode until every slot has stopped, those that have are out of patience, or `spec.burst` steps are done."""
     B, N = inbox.token.shape[0], spec.burst
     keys = jax.vmap(partial(jax.random.fold_in, root))(inbox.stream)
     # Of all steps at once: a generator that runs inside the loop costs more there than what it is for.
@@ -191,8 +193,13 @@ def burst(
     way = paged if spec.on_pages else lanes
     cache = way.enter(cache, inbox.fresh, inbox.num_fresh[0], inbox.table, spec.page_size)
 
-    def running(reason: jax.Array) -> jax.Array:
-        return agreed(jnp.sum(reason == RUNNING, dtype=jnp.int32), cut)
+    begun = jnp.sum(inbox.limit > 0, dtype=jnp.int32)
+
+    def going_on(reason: jax.Array, idle: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """`most` and `idle` before the next step."""
+        running = jnp.sum(reason == RUNNING, dtype=jnp.int32)
+        idle = idle + begun - running
+        return agreed(jnp.where(idle <= inbox.patience[0], running, 0), cut), idle
 
     def cond(s: Burst) -> jax.Array:
         return (s.step < N) & (s.most > 0)
@@ -215,10 +222,12 @@ def burst(
         reason = jnp.where(token == end_id, ENDED, reason)
         reason = jnp.where(accepting[stop_state], STOPPED, reason)
         reason = jnp.where(live, reason, s.reason)
+        most, idle = going_on(reason, s.idle)
         struck = inbox.once[:, None] & live[:, None] & (s.allowed == token[:, None])
         return Burst(
             step=s.step + 1,
-            most=running(reason),
+            most=most,
+            idle=idle,
             cache=written(),
             token=jnp.where(live, token, s.token),
             stop_state=stop_state,
@@ -230,9 +239,11 @@ def burst(
 
     numbers = [jnp.zeros((B, N), dtype) for dtype in (jnp.int32, *[jnp.float32] * 4)]
     reason = jnp.where(inbox.limit > 0, RUNNING, LIMITED)
+    most, idle = going_on(reason, jnp.int32(0))
     start = Burst(
         step=jnp.int32(0),
-        most=running(reason),
+        most=most,
+        idle=idle,
         cache=cache,
         token=inbox.token,
         stop_state=inbox.stop_state,
@@ -247,13 +258,13 @@ def burst(
     missing = spec.kept_width - spec.num_kept
     emitted = emitted._replace(kept=jnp.pad(emitted.kept, ((0, 0), (0, 0), (0, missing)), constant_values=-1))
 
-    return way.leave(s.cache, inbox.table, inbox.position, s.count, N, spec.page_size), emitted
+    return s.cache, emitted
 
 
 SHARD, EVERYWHERE, SECOND = PartitionSpec(DATA), PartitionSpec(), PartitionSpec(None, DATA)
 INBOX = Inbox(
     prefill=Prefill(*[SECOND] * 5, num_chunks=SHARD),
-    decode=Decode(*[SHARD] * 10, controls=Controls(*[SHARD] * 4)),
+    decode=Decode(*[SHARD] * 11, controls=Controls(*[SHARD] * 4)),
 )
 
 

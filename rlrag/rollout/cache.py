@@ -47,6 +47,12 @@ def token_index(table: jax.Array, positions: jax.Array, page_size: int) -> jax.A
     return page * page_size + positions % page_size
 
 
+def live_index(table: jax.Array, position: jax.Array, live: jax.Array, page_size: int, capacity: int) -> jax.Array:
+    """Places [B, 1] in a store of `capacity` tokens of a token a slot, at position [B]; past its end where not live."""
+    past = capacity + jnp.arange(len(position))[:, None]
+    return jnp.where(live[:, None], token_index(table, position[:, None], page_size), past)
+
+
 def gather(store: jax.Array, table: jax.Array, page_size: int) -> jax.Array:
     """The view [K, B, S, H] of the streams with page tables [B, n]; S = n * page_size."""
     K, _, H = store.shape

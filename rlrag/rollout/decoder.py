@@ -205,6 +205,8 @@ class Decoder:
                         fresh.append(lane)
             inbox.decode.fresh[shard * lanes : shard * lanes + len(fresh)] = fresh
             inbox.decode.num_fresh[shard] = len(fresh)
+            # A round's own cost is that of about a quarter of a step: slots that stand still longer are worth another.
+            inbox.decode.patience[shard] = lanes // 4
         return inbox
 
     def _schedule_shard(self, shard: int, prefill: Prefill, rows: int) -> None:
@@ -355,6 +357,7 @@ def empty_inbox(spec: Spec, shards: int, num_adapters: int = 0) -> Inbox:
         token=np.zeros(B, np.int32), position=np.zeros(B, np.int32), limit=np.zeros(B, np.int32),
         table=np.zeros((B, n), np.int32), stop_state=np.zeros(B, np.int32), stream=np.zeros(B, np.uint32),
         once=np.zeros(B, bool), fresh=np.zeros(B, np.int32), num_fresh=np.zeros(shards, np.int32),
+        patience=np.zeros(shards, np.int32),
         adapters=adapters(B), controls=controls,
     )  # fmt: skip
     return Inbox(prefill, decode)

@@ -1,7 +1,7 @@
 """Decoding on copies of pages: a lane keeps what its stream has cached, from round to round, as attention wants it.
 
 Where attention over pages is slow (CPU) this is what a burst does. A lane takes its copy when a stream enters it; a new
-token is written to the copy at once and to the stream's pages when the burst is over.
+token is written to both, the copy and the stream's page.
 """
 
 from collections.abc import Callable
@@ -28,37 +28,22 @@ def enter(cache: Cache, fresh: jax.Array, num_fresh: jax.Array, table: jax.Array
 def mixer(
     cache: Cache, table: jax.Array, position: jax.Array, live: jax.Array, page_size: int, a: Architecture
 ) -> tuple[Mix, Callable[[], Cache]]:
-    """The `mix` of one decode step, and what it makes of the cache.
-
-    position int [B] of the token that goes in; live bool [B]: other lanes write nothing. table and page_size: of pages,
-    unused here.
-    """
-    del table, page_size
-    keys, values = list(cache.lane_keys), list(cache.lane_values)
-    capacity = values[0].shape[2]
+    """The `mix` of one decode step, and what it makes of the cache; arguments as in paged.mixer."""
+    pages, copies = [list(cache.keys), list(cache.values)], [list(cache.lane_keys), list(cache.lane_values)]
+    index = kv.live_index(table, position, live, page_size, pages[0][0].shape[1])
+    capacity = copies[1][0].shape[2]
     cached = jnp.arange(capacity)[None]
     seen = views(a, (cached <= position[:, None])[:, None], position[:, None], cached)
     target = jnp.where(live, position, capacity)
 
     def mix(number: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        keys[number], values[number] = write(keys[number], values[number], target, k[:, 0], v[:, 0])
-        visible = seen[a.local[number]][:, 0]
-        return attend(q[:, 0], keys[number], values[number], visible, a.attention_scale or None)[:, None]
+        for store, new in zip(pages, (k, v)):
+            store[number] = kv.scatter(store[number], index, new)
+        keys, values = write(copies[0][number], copies[1][number], target, k[:, 0], v[:, 0])
+        copies[0][number], copies[1][number] = keys, values
+        return attend(q[:, 0], keys, values, seen[a.local[number]][:, 0], a.attention_scale or None)[:, None]
 
-    return mix, lambda: cache._replace(lane_keys=tuple(keys), lane_values=tuple(values))
-
-
-def leave(cache: Cache, table: jax.Array, position: jax.Array, count: jax.Array, burst: int, page_size: int) -> Cache:
-    """The cache with what a burst has cached in the pages too: `count` tokens [B] from `position` [B] on, `burst` at
-    most. (That is the token at `position` and all that a lane emitted but the newest.)"""
-    positions = position[:, None] + jnp.arange(burst)
-    past = cache.keys[0].shape[1] + jnp.arange(positions.size).reshape(positions.shape)
-    inside = jnp.arange(burst) < count[:, None]
-    index = jnp.where(inside, kv.token_index(table, positions, page_size), past)
-    new = [read(keys, values, positions) for keys, values in zip(cache.lane_keys, cache.lane_values)]
-    keys = tuple(kv.scatter(store, index, key) for store, (key, _) in zip(cache.keys, new))
-    values = tuple(kv.scatter(store, index, value) for store, (_, value) in zip(cache.values, new))
-    return cache._replace(keys=keys, values=values)
+    return mix, lambda: Cache(*map(tuple, (*pages, *copies)))
 
 
 def attend(
@@ -113,9 +98,3 @@ def write(
     rows, tile, place = jnp.arange(len(positions)), positions // TILE, positions % TILE
     keys = keys.at[rows, :, tile, :, place].set(key.astype(keys.dtype), mode="drop", unique_indices=True)
     return keys, values.at[rows, :, positions].set(value.astype(values.dtype), mode="drop", unique_indices=True)
-
-
-def read(keys: jax.Array, values: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Key and value [B, C, K, H] of lanes at positions [B, C]; positions past the end repeat the last."""
-    rows, at = jnp.arange(len(positions))[:, None], jnp.minimum(positions, values.shape[2] - 1)
-    return keys[rows, :, at // TILE, :, at % TILE], values[rows, :, at]

@@ -30,8 +30,7 @@ def mixer(
     table int [B, n]; position int [B] of the token that goes in; live bool [B]: other slots write and see nothing.
     """
     keys, values = list(cache.keys), list(cache.values)
-    past = keys[0].shape[1] + jnp.arange(len(position))[:, None]
-    index = jnp.where(live[:, None], kv.token_index(table, position[:, None], page_size), past)
+    index = kv.live_index(table, position, live, page_size, keys[0].shape[1])
     length = jnp.where(live, position + 1, 0)
 
     def mix(number: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
@@ -44,9 +43,3 @@ def mixer(
         )[:, None]  # fmt: skip
 
     return mix, lambda: cache._replace(keys=tuple(keys), values=tuple(values))
-
-
-def leave(cache: Cache, table: jax.Array, position: jax.Array, count: jax.Array, burst: int, page_size: int) -> Cache:
-    """All is written already."""
-    del table, position, count, burst, page_size
-    return cache
