@@ -1,9 +1,10 @@
 """A plain sampler without continuous batching: what the engine is held against.
 
-The same packed weights, model functions and sampling as the engine's, and the same statistics of every token. A batch
-of episodes is played from its first turn to its last: one prefill and one `while_loop` a turn, which runs until all of
-the batch have finished it; then the next batch. The cache is contiguous and grows between turns, in steps of `BUCKET`
-tokens, so that short batches do not pay for the longest. A document is there at once: no search is waited for.
+The same packed weights, model functions, attention and sampling as the engine's, and the same statistics of every
+token. A batch of episodes is played from its first turn to its last: one prefill and one `while_loop` a turn, which runs
+until all of the batch have finished it; then the next batch. The cache is contiguous and grows between turns, in steps
+of `BUCKET` tokens, so that short batches do not pay for the longest. A document is there at once: no search is waited
+for.
 """
 
 import time
@@ -20,10 +21,12 @@ from rlrag.model.architecture import Architecture
 from rlrag.model.attention import attend, views
 from rlrag.model.decoding import WHOLE, DecodeWeights
 from rlrag.model.transformer import extend, vocabulary_logits
+from rlrag.rollout import lanes
+from rlrag.rollout.cache import TILE
 from rlrag.rollout.sampling import Controls, sample
 from rlrag.speed.workload import Turn
 
-BUCKET = 256  # tokens by which the cache grows
+BUCKET = 256  # tokens by which the cache grows: a multiple of TILE
 CHUNK = 64  # whose multiples what is read is padded to
 
 
@@ -113,8 +116,16 @@ def read(a: Architecture, weights: DecodeWeights, cache: Cache, tokens, start, c
     offset = jnp.arange(tokens.shape[1])
     positions = start[:, None] + offset
     target = jnp.where(offset < count[:, None], positions, room + offset)
-    cache, _ = extended(a, weights, cache, tokens, positions, target)
-    return cache
+    cached = jnp.arange(room)[None]
+    seen = views(a, cached <= positions[..., None], positions, cached)
+    keys, values = list(cache.keys), list(cache.values)
+
+    def mix(layer: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        keys[layer], values[layer] = put(keys[layer], target, k), put(values[layer], target, v)
+        return attend(q, keys[layer], values[layer], seen[a.local[layer]], a.attention_scale or None)
+
+    extend(weights, a, tokens, positions, mix)
+    return Cache(tuple(keys), tuple(values))
 
 
 @partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
@@ -122,23 +133,50 @@ def write(a: Architecture, longest: int, weights: DecodeWeights, cache: Cache, t
     """Sample up to `limit` tokens in each row, until all rows have theirs."""
     B, room = token.shape[0], cache.keys[0].shape[2]
     numbers = [jnp.zeros((B, longest), dtype) for dtype in (jnp.int32, *[jnp.float32] * 4)]
+    uniforms = jax.random.uniform(root, (longest, B))
+    cached = jnp.arange(room)[None]
 
     def going(state) -> jax.Array:
         return jnp.any(state[0] < limit)
 
     def step(state):
-        number, token, cache, out = state
+        number, token, tiled, out = state
         at = (position + number)[:, None]
-        target = jnp.where(number < limit, position + number, room)[:, None]
-        cache, hidden = extended(a, weights, cache, token[:, None], at, target)
-        logits = vocabulary_logits(weights, hidden[:, 0], WHOLE)
-        uniform = jax.random.uniform(jax.random.fold_in(root, number), (B,))
-        new = draw(logits, uniform)
-        out = [jax.lax.dynamic_update_slice_in_dim(old, x[:, None], number, 1) for old, x in zip(out, new)]
-        return number + 1, jnp.where(number < limit, new[0], token), cache, out
+        seen = views(a, (cached <= at)[:, None], at, cached)
+        target = jnp.where(number < limit, position + number, room)
+        keys, values = list(tiled.keys), list(tiled.values)
 
-    steps, _, cache, out = jax.lax.while_loop(going, step, (jnp.int32(0), token, cache, numbers))
-    return cache, Sampled(*out, steps=steps)
+        def mix(layer: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+            keys[layer], values[layer] = lanes.write(keys[layer], values[layer], target, k[:, 0], v[:, 0])
+            visible = seen[a.local[layer]][:, 0]
+            return lanes.attend(q[:, 0], keys[layer], values[layer], visible, a.attention_scale or None)[:, None]
+
+        hidden = extend(weights, a, token[:, None], at, mix)[:, 0]
+        new = draw(vocabulary_logits(weights, hidden, WHOLE), uniforms[number])
+        out = [jax.lax.dynamic_update_slice_in_dim(old, x[:, None], number, 1) for old, x in zip(out, new)]
+        return number + 1, jnp.where(number < limit, new[0], token), Cache(tuple(keys), tuple(values)), out
+
+    start = jnp.int32(0), token, to_lanes(cache), numbers
+    steps, _, tiled, out = jax.lax.while_loop(going, step, start)
+    return from_lanes(tiled), Sampled(*out, steps=steps)
+
+
+def to_lanes(cache: Cache) -> Cache:
+    """As the engine's lanes hold it while they decode: keys [B, K, n, H, TILE], values [B, K, S, H]."""
+
+    def tiles(keys: jax.Array) -> jax.Array:
+        K, B, S, H = keys.shape
+        return keys.reshape(K, B, S // TILE, TILE, H).transpose(1, 0, 2, 4, 3)
+
+    return Cache(tuple(map(tiles, cache.keys)), tuple(each.swapaxes(0, 1) for each in cache.values))
+
+
+def from_lanes(tiled: Cache) -> Cache:
+    def whole(keys: jax.Array) -> jax.Array:
+        B, K, n, H, _ = keys.shape
+        return keys.transpose(1, 0, 2, 4, 3).reshape(K, B, n * TILE, H)
+
+    return Cache(tuple(map(whole, tiled.keys)), tuple(each.swapaxes(0, 1) for each in tiled.values))
 
 
 def draw(logits: jax.Array, uniform: jax.Array) -> tuple[jax.Array, ...]:
@@ -154,20 +192,3 @@ def put(store: jax.Array, positions: jax.Array, new: jax.Array) -> jax.Array:
     """Write new [B, C, K, H] at positions [B, C] of a store [K, B, S, H]; a position >= S is dropped."""
     rows = jnp.arange(store.shape[1])[:, None]
     return store.at[:, rows, positions].set(new.transpose(2, 0, 1, 3), mode="drop", unique_indices=True)
-
-
-def extended(
-    a: Architecture, weights: DecodeWeights, cache: Cache, tokens, positions, target
-) -> tuple[Cache, jax.Array]:
-    """Hidden states of tokens [B, C]; keys and values are written where `target` says."""
-    cached = jnp.arange(cache.keys[0].shape[2])[None]
-    seen = views(a, cached <= positions[..., None], positions, cached)
-    keys, values = list(cache.keys), list(cache.values)
-
-    def mix(number: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        keys[number] = put(keys[number], target, k)
-        values[number] = put(values[number], target, v)
-        return attend(q, keys[number], values[number], seen[a.local[number]], a.attention_scale or None)
-
-    hidden = extend(weights, a, tokens, positions, mix)
-    return Cache(tuple(keys), tuple(values)), hidden

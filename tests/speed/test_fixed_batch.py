@@ -16,7 +16,7 @@ UNEVEN = Workload(ARCHITECTURE.vocab_size, prompt_tokens=5, turns=(1, 2), turn_t
 def test_log_probs_are_those_of_the_trunk(monkeypatch):
     params = rollout.start(ARCHITECTURE)
     weights = rollout.packed(ARCHITECTURE, params)
-    monkeypatch.setattr(fixed_batch, "BUCKET", 24)  # so that the cache grows
+    monkeypatch.setattr(fixed_batch, "BUCKET", 32)  # so that the cache grows
     monkeypatch.setattr(fixed_batch, "CHUNK", 16)
     turns_out = []
     write = fixed_batch.write
