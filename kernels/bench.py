@@ -90,11 +90,12 @@ def as_json(row: Row) -> dict[str, Any]:
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
 
 
-def ceilings_of(case: Case, general: Ceilings) -> Ceilings:
-    """With a product of the case's own size class and dtype."""
-    if case.product is None:
+def ceilings_of(case: Case, general: Ceilings, dtype: str, size: int) -> Ceilings:
+    """Of a square product in the case's dtype: a product of its own shape that writes all it computes is bound by that
+    where D is small."""
+    if case.dtype == dtype or not case.flops:
         return general.with_product(general.product)
-    return general.with_product(ceilings.matrix_product(*case.product, case.dtype))
+    return general.with_product(ceilings.matrix_product(size, size, size, case.dtype))
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -103,7 +104,8 @@ def main(arguments: Sequence[str]) -> None:
     platform = dispatch.current_platform()
     dtype = "float32" if platform == "cpu" else "bfloat16"
     size = options.shapes or ("scaled" if platform == "cpu" else "full")
-    general = ceilings.open_ceilings(dtype, ceilings.QUICK if size == "quick" or options.tune else None)
+    sizes = ceilings.QUICK if size == "quick" or options.tune else ceilings.SIZES[platform]
+    general = ceilings.open_ceilings(dtype, sizes)
     if options.tune:
         print(tuning.tune(options.only, size, options.repeats, general))
         return
@@ -121,7 +123,7 @@ def main(arguments: Sequence[str]) -> None:
         if time.monotonic() - begin > options.budget_s:
             found["left_out"].append(f"{case.operation} at {case.shape}")
         else:
-            own, deadline = ceilings_of(case, general), begin + options.budget_s
+            own, deadline = ceilings_of(case, general, dtype, sizes.product), begin + options.budget_s
             case = case._replace(functions=functions)
             for row in measure(case, options.repeats, own, deadline, lambda name: save(trying=name)):
                 print(table_line(row), flush=True)

@@ -31,7 +31,6 @@ class Case(NamedTuple):
     against: str = "reference"  # the implementation that the others are checked against
     baseline: str = "reference"  # the implementation whose time and memory the others' are divided by
     dtype: str = "float32"  # of the inputs, which the tolerance depends on
-    product: tuple[int, int, int] | None = None  # rows, inner, columns of its size class; None: a large square
     compared: Callable[[Any], Any] = lambda out: out  # what of the outputs must agree
 
 

@@ -41,7 +41,7 @@ def page(parts: Sequence[Part], command: str, seconds: float, budget_s: float) -
         "",
         "# Kernels and speed on one accelerator",
         "",
-        "Ceilings are a bare matrix product of the same size class and a pass over memory, measured between the runs.",
+        "Ceilings are a large bare matrix product and a pass over memory, measured between the runs.",
         "docs/guides/speed.md says what the columns mean.",
         "",
         "## Targets",

@@ -1,10 +1,10 @@
 """A plain sampler without continuous batching: what the engine is held against.
 
 The same packed weights, model functions, attention and sampling as the engine's, and the same statistics of every
-token. A batch of episodes is played from its first turn to its last: one prefill and one `while_loop` a turn, which runs
-until all of the batch have finished it; then the next batch. The cache is contiguous and grows between turns, in steps
-of `BUCKET` tokens, so that short batches do not pay for the longest. A document is there at once: no search is waited
-for.
+token. A batch of episodes is played from its first turn to its last: one prefill and one `while_loop` a turn, which
+runs until all of the batch have finished it; then the next batch. The cache is contiguous and grows between turns, in
+steps of `BUCKET` tokens, so that short batches do not pay for the longest. A document is there at once: no search is
+waited for.
 """
 
 import time
