@@ -133,7 +133,7 @@ def log_prob_case(
         functions["naive"] = (lambda x, head, ids: log_prob(x, head, ids[..., 0])) if alone else naive.token_stats
     baseline = "naive" if "naive" in functions else "reference"
     product = 2.0 * states[..., 0].size * hidden * vocabulary
-    shared = {"against": against, "baseline": baseline, "dtype": dtype}
+    shared: dict[str, Any] = {"against": against, "baseline": baseline, "dtype": dtype}
     arguments = (states, head, ids)
     if not backward:
         return Case("log_prob fwd", shape, functions, arguments, product, 0, **shared)
