@@ -14,7 +14,7 @@ export UV_PYTHON_DOWNLOADS := never
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
 .PHONY: help venv minilm demo published test test-matrix pytest lint kill-points fuzz disk-full retrieval-load \
-	dense-bench memory-check load-memory parity pod plan-table bench lock
+	dense-bench memory-check load-memory parity pod plan-table bench bench-gpu lock
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -107,6 +107,9 @@ pod: $(INSTALLED) ## other meshes and two processes against one device, one of t
 
 bench: $(INSTALLED) ## time every implementation of every kernel on this device
 	$(RUN) -m kernels.bench
+
+bench-gpu: $(INSTALLED) ## kernels, rollout, update and step on one accelerator: docs/results/h200.md (at most 8 min)
+	$(RUN) -m launch.bench_gpu
 
 lock: ## renew constraints.txt: the newest set, for every supported Python (needs uv)
 	UV_CUSTOM_COMPILE_COMMAND="make lock" uv pip compile --quiet --upgrade --universal --python-version 3.11 \

@@ -17,6 +17,7 @@ it was). Leaving the context waits for running kernels and raises AssertionError
 """
 
 import contextlib
+import functools
 import io
 import sys
 from collections.abc import Iterator
@@ -39,6 +40,8 @@ def interpreted(*, tpu_memory: bool = False) -> Iterator[None]:
     from jax.experimental.pallas import tpu as pltpu
 
     reset_gpu_interpret_mode_state()  # a kernel that raised leaves its simulated memory behind
+    if jax.__version_info__ < (0, 11):
+        _teach_transposed_operands()
     _active["gpu"] = InterpretGPUParams(detect_races=True)
     _active["tpu"] = pltpu.InterpretParams(detect_races=True) if tpu_memory else True
     printed = io.StringIO()
@@ -71,3 +74,35 @@ def gpu() -> Any:
 def tpu() -> Any:
     """The argument ``interpret`` of ``pl.pallas_call``."""
     return _active.get("tpu", False)
+
+
+@functools.cache
+def _teach_transposed_operands() -> None:
+    """The GPU interpreter of JAX 0.10 knows every form of wgmma but a @ b^T, which that of 0.11 knows."""
+    from jax._src.pallas.mosaic.interpret import utils
+    from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+    from jax._src.state.types import TransposeTransform
+
+    def transposed(transform: Any) -> bool:
+        return isinstance(transform, TransposeTransform)
+
+    original = gpu_callbacks.wgmma
+
+    def wgmma(*, b_transforms: tuple, **given: Any) -> Any:
+        if not any(map(transposed, b_transforms)):
+            return original(b_transforms=b_transforms, **given)
+        memory = gpu_callbacks._get_shared_memory()
+        thread = memory.get_global_thread_id(int(given["device_id"]), int(given["thread_id"]))
+
+        def buffer(name: str, transforms: tuple) -> tuple[Any, Any]:
+            kept = tuple(each for each in transforms if not transposed(each))
+            key = gpu_callbacks.HostAllocationKey.from_array(given[f"{name}_allocation_key_as_array"])
+            return key, utils.to_range(jax.tree.map(int, gpu_callbacks._remove_noop_transforms(kept)))
+
+        b, a = buffer("b", b_transforms), buffer("a", given["a_transforms"])
+        accumulator = buffer("acc", given["acc_transforms"])
+        left, right, sums = (memory.get_buffer_content(*each, thread)[0] for each in (a, b, accumulator))
+        memory.store_buffer_content(*accumulator, sums + left.astype(sums.dtype) @ right.astype(sums.dtype).T, thread)
+        return given["token"]
+
+    gpu_callbacks.wgmma = wgmma

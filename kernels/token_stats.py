@@ -24,6 +24,8 @@ A logit of -inf means "not in the vocabulary of this row": it takes no part in n
 A row with nothing in it gives lse = -inf and entropy = certainty = 0, never NaN.
 """
 
+import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -108,6 +110,23 @@ def combine(left: TokenSums, right: TokenSums) -> TokenSums:
     exponentials, weighted, shifted = (sum_left + sum_right for sum_left, sum_right in zip(*parts))
     logits = jnp.maximum(left.logits, right.logits)  # an id lies in at most one subset, the other holds -inf
     return TokenSums(maximum, exponentials, weighted, shifted, left.count + right.count, logits)
+
+
+def combine_along(sums: TokenSums, axis: int = 0) -> TokenSums:
+    """The sums of the union of disjoint subsets that lie along an axis of every field."""
+    largest, total = functools.partial(jnp.max, axis=axis), functools.partial(jnp.sum, axis=axis)
+    return _combine_all(sums, largest(sums.maximum), largest, total)
+
+
+def combine_devices(sums: TokenSums, axis: str) -> TokenSums:
+    """Inside a shard_map: the sums of the union of the disjoint subsets of the devices along a mesh axis."""
+    largest, total = functools.partial(lax.pmax, axis_name=axis), functools.partial(lax.psum, axis_name=axis)
+    return _combine_all(sums, largest(sums.maximum), largest, total)
+
+
+def _combine_all(sums: TokenSums, maximum: Array, largest: Callable, total: Callable) -> TokenSums:
+    exponentials, weighted, shifted = (total(part) for part in _rebase(sums, maximum))
+    return TokenSums(maximum, exponentials, weighted, shifted, total(sums.count), largest(sums.logits))
 
 
 def _rebase(sums: TokenSums, maximum: Array) -> tuple[Array, Array, Array]:

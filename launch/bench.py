@@ -1,186 +1,175 @@
-"""Rollout throughput under search latency: python -m launch.bench
+"""Speed of a rollout, of an update, of a whole step, against their floors: python -m launch.bench --shape=demo
 
-Episodes of forced lengths (several turns, a document after each) are played with random weights while every search
-takes a given time. Runs are interleaved; the table gives medians over rounds, and ratios within each round to the run
-without latency, so that a machine whose speed drifts does not flatter or punish one setting.
+Weights are random, lengths forced. Beside every time stands the least it could be: the phase's operations and bytes
+(rlrag/speed/floor.py) at the rates of a bare matrix product and of the memory, measured in between the runs. Runs are
+interleaved; numbers are medians over rounds, ratios are taken within each round. docs/guides/speed.md says what the
+rows mean.
 """
 
-import contextlib
-import datetime
 import json
-import random
 import sys
-import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from statistics import median
+from typing import Any
 
 from absl import flags
 
+SHAPES = ("demo", "qwen2.5-0.5b", "3b", "7b")
+PHASES = ("rollout", "update", "step")
+AGAINST = ("fixed_batch", "no_sharing")
+# Sizes that a shape brings (rlrag/speed/shapes.py), each of which can be given: 0 leaves it as it is.
+CHANGES = {
+    "num_slots": "Decode lanes.",
+    "max_episodes": "Episodes in flight at once, waiting ones included.",
+    "burst": "Decode steps a round at most.",
+    "page_size": "Tokens of a page of the cache.",
+    "prefill_rows": "Streams whose appended tokens are read at once.",
+    "prefill_chunk": "Tokens of each of them that are.",
+    "prefill_chunks": "Such chunks a round at most.",
+    "episodes": "Episodes of a run with searches, and of --against.",
+    "turns": "Generations of such an episode.",
+    "turn_tokens": "Mean tokens of a generation: between half and one and a half of it.",
+    "document_tokens": "Tokens of what a search returns.",
+    "prompt_tokens": "Tokens of the prompt.",
+    "decode_tokens": "Tokens of every episode of the run that only decodes.",
+    "questions": "Groups of an update.",
+    "micro_rows": "Rows of a micro-batch.",
+    "row_tokens": "Tokens of a row.",
+}
+
 
 def define_flags(values: flags.FlagValues, argv: Sequence[str]) -> None:
-    flags.DEFINE_list(
-        "latencies_ms",
-        ["0", "50", "200", "1000"],
-        "Injected search latencies; 0 must be among them.",
+    flags.DEFINE_enum("shape", "demo", (*SHAPES, "qwen2.5-3b", "qwen2.5-7b"), "Of the model.", flag_values=values)
+    flags.DEFINE_list("phase", ["rollout"], f"What is timed: some of {', '.join(PHASES)}.", flag_values=values)
+    flags.DEFINE_enum("against", None, AGAINST, "What a rollout is held against instead.", flag_values=values)
+    flags.DEFINE_list("search_ms", ["200"], "Latencies of searches, beside none at all.", flag_values=values)
+    flags.DEFINE_bool("server", False, "Search through a server, which adds the latencies itself.", flag_values=values)
+    flags.DEFINE_integer("rounds", 3, "Repetitions of every run.", flag_values=values)
+    flags.DEFINE_integer("layers", 0, "Of the model that are kept; 0: all.", flag_values=values)
+    flags.DEFINE_integer("scale", 1, "Divisor of its widths and vocabulary.", flag_values=values)
+    flags.DEFINE_enum(
+        "dtype", "", ("", "float32", "bfloat16"), "Of weights and activations; empty: as published, float32 on CPU.",
         flag_values=values,
+    )  # fmt: skip
+    flags.DEFINE_enum(
+        "learns", "", ("", "all", "gradients", "adapters"),
+        "What an update changes; gradients: without a step of the optimizer; empty: the first that fits the memory.",
+        flag_values=values,
+    )  # fmt: skip
+    for name, text in CHANGES.items():
+        flags.DEFINE_integer(name, 0, f"{text} 0: the shape's own.", lower_bound=0, flag_values=values)
+    flags.DEFINE_bool("predict", False, "Operations, bytes and floors alone: nothing is played.", flag_values=values)
+    flags.DEFINE_bool("quick", False, "Ceilings of small probes, for tests.", flag_values=values)
+    flags.DEFINE_string(
+        "profile", "", "Folder for a trace of one more round, for xprof and Perfetto.", flag_values=values
     )
-    flags.DEFINE_integer("rounds", 3, "Repetitions of every setting.", flag_values=values)
-    flags.DEFINE_integer("episodes", 1536, "Episodes of a run.", flag_values=values)
-    flags.DEFINE_integer("max_episodes", 1024, "Episodes in flight at once, waiting ones included.", flag_values=values)
-    flags.DEFINE_integer("num_slots", 64, "Decode lanes.", flag_values=values)
-    flags.DEFINE_integer("burst", 8, "Decode steps a round at most.", flag_values=values)
-    flags.DEFINE_integer("turns", 4, "Generations of an episode.", flag_values=values)
-    flags.DEFINE_integer(
-        "turn_tokens", 24, "Mean tokens of a generation: between half and one and a half of it.", flag_values=values
-    )
-    flags.DEFINE_integer("document_tokens", 24, "Tokens of what a search returns.", flag_values=values)
-    flags.DEFINE_integer("prompt_tokens", 32, "Tokens of the prompt.", flag_values=values)
-    flags.DEFINE_integer("layers", 4, "Layers of the model.", flag_values=values)
-    flags.DEFINE_integer("embed_dim", 256, "Width of the model.", flag_values=values)
-    flags.DEFINE_integer("vocabulary", 4096, "Entries of the vocabulary.", flag_values=values)
-    flags.DEFINE_bool(
-        "server", False, "Search through a retrieval server, which adds the latencies itself.", flag_values=values
-    )
-    flags.DEFINE_string("out", "", "File for the figures as JSON.", flag_values=values)
+    flags.DEFINE_string("out", "", "File for the figures as JSON, written as they come.", flag_values=values)
 
 
 def main(f: flags.FlagValues) -> None:
-    latencies = [float(text) / 1000 for text in f.latencies_ms]
-    if 0 not in latencies:
-        raise ValueError(f"--latencies_ms is {','.join(f.latencies_ms)}: the ratios need 0 among them")
-    play, capacity = workflow(f)
-    with retrievers(latencies, f.server) as retriever_of:
-        measure(f, latencies, play, build(f, capacity, retriever_of))
+    from launch.flags import Mistake
+
+    try:
+        latencies = [0.0, *(float(text) / 1000 for text in f.search_ms if float(text))]
+    except ValueError:
+        raise Mistake(f"--search_ms is {','.join(f.search_ms)}: give milliseconds, as in --search_ms=50,200") from None
+    if f.profile and (f.against or f.predict):
+        raise Mistake("--profile is of a phase: leave --against and --predict out")
+    if wrong := [phase for phase in f.phase if phase not in PHASES]:
+        raise Mistake(f"--phase has {wrong[0]!r}: give some of {','.join(PHASES)}")
+    if f.against and f.phase != ["rollout"]:
+        raise Mistake(f"--against={f.against} is of --phase=rollout, not {','.join(f.phase)}")
+    from kernels import ceilings
+    from kernels.dispatch import chosen
+    from rlrag.speed.machine import described
+
+    setting = setting_of(f)
+    own = ceilings.open_ceilings(setting.architecture.dtype, ceilings.QUICK if f.quick else None)
+    own.sample(3)
+    found = described(f"python -m launch.bench {' '.join(sys.argv[1:])}") | {"shape": f.shape, "rows": []}
+    print(f"# {found['date']}  {found['device']}  JAX {found['jax']}  {found['command']}")
+    for row in rows(f, setting, own, latencies):
+        found["rows"].append(row)
+        found["kernels"] = chosen()
+        if f.out:
+            Path(f.out).write_text(json.dumps(found, indent=1) + "\n")
+    print("\n".join(table(found["rows"])))
+    if f.profile:
+        print(f"trace written to {f.profile}")
+    if any("error" in row for row in found["rows"]):
+        sys.exit(1)
 
 
-def measure(f: flags.FlagValues, latencies: list[float], play, run) -> None:
+def rows(f: flags.FlagValues, setting, own, latencies: Sequence[float]) -> Iterator[dict[str, Any]]:
+    from rlrag.speed import comparisons, phases
+
+    if f.predict:
+        yield from phases.predicted(setting, own, f.learns)
+    elif f.against:
+        compare = comparisons.fixed_batches if f.against == "fixed_batch" else comparisons.sharing
+        yield from compare(setting, own, f.rounds)
+    else:
+        for phase in f.phase:
+            try:
+                yield from rows_of(phase, f, setting, own, latencies)
+            except Exception as error:
+                if len(f.phase) == 1:
+                    raise
+                told = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+                print(f"{phase} failed: {told}", file=sys.stderr)
+                yield {"run": phase, "error": told}
+
+
+def rows_of(phase: str, f: flags.FlagValues, setting, own, latencies: Sequence[float]) -> Iterator[dict[str, Any]]:
+    from rlrag.speed import phases
+    from rlrag.speed.searching import searchers
+
+    if phase == "rollout":
+        with searchers(latencies, f.server) as searcher_of:
+            yield from phases.rollout(setting, own, latencies, searcher_of, f.rounds, f.profile)
+    else:
+        timed = phases.updating if phase == "update" else phases.step
+        yield from timed(setting, own, f.rounds, f.learns, f.profile)
+
+
+def setting_of(f: flags.FlagValues):
     import jax
 
-    date, device = datetime.date.today(), f"{jax.device_count()} x {jax.devices()[0].device_kind}"
-    print(f"# {date}  {device}  JAX {jax.__version__}  python -m launch.bench {' '.join(sys.argv[1:])}")
-    run(play, 0.0, min(2 * f.num_slots, f.episodes), 0)  # compiles
-    rounds = []
-    for number in range(f.rounds):
-        rounds.append({latency: run(play, latency, f.episodes, number) for latency in latencies})
-        print(f"round {number + 1}/{f.rounds} done", file=sys.stderr)
-    rows = [summary(latency, rounds) for latency in latencies]
-    names = list(rows[0])
-    print("  ".join(f"{name:>16}" for name in names))
-    for row in rows:
-        print("  ".join(f"{row[name]:>16,.3f}" for name in names))
-    if f.out:
-        Path(f.out).write_text(json.dumps({"date": str(date), "device": device, "rows": rows}, indent=1))
+    from rlrag.speed import shapes
+
+    setting = shapes.demo() if f.shape == "demo" else shapes.published(architecture(f.shape))
+    dtype = f.dtype or ("float32" if jax.default_backend() == "cpu" else "")
+    changes: dict[str, Any] = {name: f[name].value for name in CHANGES}
+    return shapes.changed(setting, layers=f.layers, scale=f.scale, dtype=dtype, changes=changes)
 
 
-def summary(latency: float, rounds: list[dict[float, dict[str, float]]]) -> dict[str, float]:
-    """Medians over rounds; the ratio is taken within each round."""
-
-    def of(name: str) -> float:
-        return median(r[latency][name] for r in rounds)
-
-    return {
-        "latency_ms": latency * 1000,
-        "tokens_per_s": of("tokens_per_s"),
-        "ratio": median(r[latency]["tokens_per_s"] / r[0.0]["tokens_per_s"] for r in rounds),
-        "lane_occupancy": of("lane_occupancy"),
-        "burst_waste": of("burst_waste"),
-        "starved_s": of("starved_s"),
-        "search_wait_s": of("search_wait_s"),
-        "evictions": of("evictions"),
-        "seconds": of("seconds"),
-    }
-
-
-def workflow(f: flags.FlagValues):
-    """The episode, and the tokens a stream needs."""
-    from rlrag.agents.workflow import Generate, Search
-    from rlrag.trajectory import Example, Outcome
-
-    def play(example: Example, mode: str):
-        dice = random.Random(example.id)
-        append = [dice.randrange(1, f.vocabulary - 1) for _ in range(f.prompt_tokens)]
-        for turn in range(f.turns):
-            length = dice.randint(f.turn_tokens // 2, f.turn_tokens + f.turn_tokens // 2)
-            yield Generate("agent", "agent", append, (), length)
-            if turn + 1 < f.turns:
-                yield Search((f"{example.id} {turn}",), 1)
-                append = [dice.randrange(1, f.vocabulary - 1) for _ in range(f.document_tokens)]
-        return Outcome(None)
-
-    longest = f.prompt_tokens + f.turns * (f.turn_tokens + f.turn_tokens // 2) + (f.turns - 1) * f.document_tokens
-    return play, longest
-
-
-@contextlib.contextmanager
-def retrievers(latencies: list[float], server: bool):
-    """A function from a latency to a retriever that has it: in this process, or a server for each."""
-    from rlrag.retrieval.client import CachedRetriever
-    from rlrag.trajectory import Passage
-
-    class Documents:
-        def search(self, queries, k, scopes=None):
-            return [[Passage(query, "", "")] for query in queries]
-
-    if not server:
-        yield lambda latency: CachedRetriever(Documents(), cache_size=0, latency_s=latency)
-        return
-    from rlrag.retrieval.remote import HttpIndex
-    from rlrag.retrieval.spawn import SpawnedServer
-
-    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as running:
-        corpus = Path(folder) / "passages.jsonl"
-        corpus.write_text("".join(f'{{"id": "{n}", "title": "t{n}", "text": "{n} text"}}\n' for n in range(1000)))
-        indexes = {}
-        for latency in latencies:
-            arguments = [f"--index=bm25:{corpus}", "--cache_size=0", f"--latency_s={latency}"]
-            started = SpawnedServer(arguments, Path(folder) / f"{latency}.log")
-            running.callback(started.stop)
-            indexes[latency] = HttpIndex([started.url], connections=256)
-            indexes[latency].wait_ready(60)
-        yield lambda latency: CachedRetriever(indexes[latency], cache_size=0)
-
-
-def build(f: flags.FlagValues, capacity: int, retriever_of):
-    """A function that plays episodes at a latency and returns the engine's metrics."""
-    import jax
-
-    from rlrag.agents.workflow import Role
-    from rlrag.mesh import make_mesh
+def architecture(shape: str):
+    from configs.scale import COMMON, VARIANTS
     from rlrag.model.architecture import Architecture
-    from rlrag.model.decoding import pack
-    from rlrag.model.parameters import initialize
-    from rlrag.rollout.advance import Spec
-    from rlrag.rollout.decoder import Decoder
-    from rlrag.rollout.engine import Engine, Play
-    from rlrag.trajectory import Example
 
-    heads = max(1, f.embed_dim // 64)
-    a = Architecture(
-        vocab_size=f.vocabulary, num_layers=f.layers, embed_dim=f.embed_dim, num_heads=heads,
-        num_kv_heads=max(1, heads // 2), head_dim=64, mlp_dim=4 * f.embed_dim,
-    )  # fmt: skip
-    page = 16
-    tokens = -(-capacity // page) * page
-    spec = Spec(
-        num_slots=f.num_slots, num_pages=f.max_episodes * tokens // page, page_size=page, max_tokens=tokens,
-        burst=f.burst, prefill_rows=32, prefill_chunk=32, prefill_chunks=8, num_kept=0,
-    )  # fmt: skip
-    no_end = -1  # forced lengths: no token ends a turn
-    decoder = Decoder(a, spec, [b"."] * f.vocabulary, no_end, make_mesh())
-    weights = jax.jit(lambda: pack(initialize(a, jax.random.key(0)), a))()
+    size = VARIANTS[shape if shape.startswith("qwen") else f"qwen2.5-{shape}"]._asdict()
+    common = {name: getattr(COMMON, name) for name in ("qkv_bias", "rope_theta", "norm_epsilon", "remat")}
+    common |= {"dtype": COMMON.dtype, "param_dtype": COMMON.param_dtype}
+    return Architecture(**common, **{name: value for name, value in size.items() if name != "mesh"})
 
-    def run(play, latency: float, episodes: int, seed: int) -> dict[str, float]:
-        engine = Engine(
-            {"m": decoder}, lambda ids: "", retriever_of(latency), max_episodes=f.max_episodes, search_threads=256
-        )
-        examples = [Example(f"{seed} {number}", "", ()) for number in range(episodes)]
-        for _ in engine.run({"m": weights}, examples, Play(play, {"agent": Role("m")}), jax.random.key(seed)):
-            pass
-        engine.close()
-        return engine.usage.metrics() | {"seconds": engine.usage.seconds}
 
-    return run
+def table(found: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """A column for each run, a line for each number."""
+    names = dict.fromkeys(name for row in found for name in row if name != "run")
+    width = max(14, *(len(row["run"]) + 2 for row in found))
+    yield f"{'':<20}" + "".join(f"{row['run']:>{width}}" for row in found)
+    for name in names:
+        yield f"{name:<20}" + "".join(f"{shown(row.get(name)):>{width}}" for row in found)
+
+
+def shown(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, str):
+        return value
+    if value and (abs(value) >= 1e7 or abs(value) < 1e-3):
+        return f"{value:.3e}"
+    return f"{value:,.0f}" if float(value).is_integer() else f"{value:,.3f}"
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import pytest
 
 from launch import (
     bench,
+    bench_gpu,
     build_index,
     convert,
     evaluate,
@@ -27,6 +28,7 @@ from tests.conftest import REPOSITORY
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs" / "guides").glob("*.md"))]
 PROGRAMS = (
     bench,
+    bench_gpu,
     build_index,
     convert,
     evaluate,

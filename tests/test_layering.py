@@ -103,6 +103,13 @@ RULES = {
     "rlrag.plan": Rule("rlrag", "jax numpy"),
     "rlrag.plan_report": Rule("rlrag.plan rlrag.survey rlrag.hlo rlrag.devices", "jax"),
     "rlrag.train": Rule("kernels rlrag", "jax numpy flax optax grain rich matplotlib"),
+    "rlrag.speed": Rule(
+        "rlrag.speed rlrag.rollout rlrag.model rlrag.objectives rlrag.mesh rlrag.metrics rlrag.packing "
+        "rlrag.rewards.paid rlrag.agents.workflow rlrag.trajectory kernels",
+        "jax numpy",
+    ),
+    "rlrag.speed.searching": Rule("rlrag.retrieval rlrag.trajectory", ""),
+    "rlrag.speed.findings": Rule("", ""),  # collects what processes with a device wrote, and takes none itself
     "configs": Rule(
         "configs rlrag.recipes rlrag.config rlrag.model.architecture rlrag.data rlrag.study", "ml_collections"
     ),
@@ -120,12 +127,16 @@ RULES = {
     "launch.evaluate_retrieval": Rule("launch rlrag.retrieval", "absl"),
     "launch.build_index": Rule("launch rlrag.retrieval rlrag.console", "absl"),
     "launch.serve_retrieval": Rule("launch rlrag.retrieval rlrag.data.task", "absl uvicorn prometheus_client"),
-    "launch.bench": Rule("launch kernels rlrag", "absl jax flax optax numpy"),
+    "launch.bench": Rule("launch kernels rlrag.speed rlrag.model configs.scale", "absl jax"),
+    "launch.bench_gpu": Rule("launch rlrag.speed.findings", "absl"),
     "launch.update_bench": Rule("launch kernels rlrag", "absl jax flax optax numpy"),
 }
 
 # Modules that run wherever jax, flax, optax, numpy and absl do, counting all that importing them imports of ours.
-CORE = ("kernels", "rlrag.model", "rlrag.rollout", "rlrag.objectives", "launch.bench", "launch.update_bench")
+CORE = (
+    "kernels", "rlrag.model", "rlrag.rollout", "rlrag.objectives", "rlrag.speed", "launch.bench", "launch.bench_gpu",
+    "launch.update_bench",
+)  # fmt: skip
 NOT_CORE = ("rlrag.model.hf", "rlrag.model.hf_export", "rlrag.model.peft")
 CORE_OTHERS = "jax flax optax numpy absl"
 
