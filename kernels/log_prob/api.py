@@ -19,13 +19,19 @@ import jax.numpy as jnp
 from kernels import dispatch
 from kernels import token_stats as monoid
 from kernels.dispatch import Implementation
-from kernels.log_prob import chunked, reference
+from kernels.log_prob import chunked, mosaic_gpu, mosaic_tpu, reference, vocabulary_parallel
+from kernels.log_prob.vocabulary_parallel import Shards
 from kernels.token_stats import TokenStats
 
 Array = jax.Array
 
-# In order of preference. Accelerator kernels go in front of "chunked" where their measured table says so.
-IMPLEMENTATIONS = {"chunked": Implementation(chunked), "reference": Implementation(reference)}
+# In order of preference. An accelerator kernel is chosen by itself where a measured table says that it wins.
+IMPLEMENTATIONS = {
+    "mosaic_gpu": Implementation(mosaic_gpu, platforms=("cuda",), automatic=(), refuses=mosaic_gpu.refuses),
+    "mosaic_tpu": Implementation(mosaic_tpu, platforms=("tpu",), automatic=(), refuses=mosaic_tpu.refuses),
+    "chunked": Implementation(chunked),
+    "reference": Implementation(reference),
+}
 
 # Float32 logits of one chunk. CPU: 8 MiB stay in cache (forward + backward of 4,096 tokens, D = 256, V = 4,096 on two
 # cores: 151 ms with 8 MiB, 200 ms with 1 MiB, 174 ms in one chunk of 64 MiB). Accelerators: about 4,096 tokens of a
@@ -41,6 +47,7 @@ class _Plan(NamedTuple):
 
     choice: dispatch.Choice
     chunk: int  # columns of T
+    shards: Shards | None
 
 
 def token_stats(
@@ -51,7 +58,7 @@ def token_stats(
     temperature: Array | float | None = None,
     implementation: str | None = None,
     chunk_tokens: int | None = None,
-    num_devices: int = 1,
+    shards: Shards | None = None,
 ) -> TokenStats:
     """lse, entropy, certainty [...] and logits [..., K] of softmax(hidden @ head^T / temperature); nats, float32.
 
@@ -65,9 +72,9 @@ def token_stats(
         and it receives no gradient.
       temperature: [...] or a number; None is 1. Where it is 0 (greedy) the distribution is that at 1.
       implementation: a name, or None for the best on this platform.
-      chunk_tokens: most tokens (B * T) whose logits are held at once; None derives it from a memory budget a device.
-      num_devices: over which B and V are sharded. Each has a budget of its own: chunks are as many times larger, and
-        the gradient of a head that lies over several of them is summed as many times less often.
+      chunk_tokens: most tokens (B * T) whose logits a device holds at once; None derives it from a memory budget.
+      shards: how B and V lie over a mesh, for which any implementation then runs on what each device holds
+        (``vocabulary_parallel``). None: on one device, or, where the compiler can partition it ("chunked"), as it may.
 
     Raises:
       ValueError: shapes that do not fit, or an implementation that does not exist or cannot run here.
@@ -80,6 +87,7 @@ def token_stats(
         tokens=math.prod(hidden.shape[:-1]),
         hidden=hidden.shape[-1],
         vocabulary=head.shape[0],
+        dtype=hidden.dtype,
     )
     shape = hidden.shape[:-1]
     as_rows = functools.partial(_as_rows, shape)
@@ -87,11 +95,13 @@ def token_stats(
     if temperature is not None:
         scale = as_rows(jnp.broadcast_to(monoid.inverse_temperature(temperature), shape))
     hidden, ids = as_rows(hidden), as_rows(ids)
-    rows, tokens, _ = hidden.shape
+    rows, vocabulary = hidden.shape[0], head.shape[0]
+    if shards is not None:
+        rows, vocabulary = shards.local(rows, vocabulary)
     if chunk_tokens is None:
-        chunk_tokens = max(CHUNK_TOKENS_LEAST, num_devices * _chunk_bytes() // (4 * head.shape[0]))
-    chunk = chunked.chunk_length(tokens, chunk_tokens // max(1, rows))
-    stats = _token_stats(_Plan(choice, chunk), hidden, head, ids, scale)
+        chunk_tokens = max(CHUNK_TOKENS_LEAST, _chunk_bytes() // (4 * vocabulary))
+    chunk = chunked.chunk_length(hidden.shape[1], chunk_tokens // max(1, rows))
+    stats = _token_stats(_Plan(choice, chunk, shards), hidden, head, ids, scale)
     return jax.tree.map(lambda each: each.reshape(*shape, *each.shape[2:]), stats)
 
 
@@ -143,7 +153,10 @@ def _statistics(plan: _Plan, hidden: Array, head: Array, ids: Array, scale: Arra
     def forward(module: ModuleType) -> Callable[..., TokenStats]:
         return functools.partial(module.forward, chunk=plan.chunk)
 
-    return dispatch.call(IMPLEMENTATIONS, plan.choice, forward, hidden, head, ids, scale)
+    run: Callable[..., TokenStats] = functools.partial(dispatch.call, IMPLEMENTATIONS, plan.choice, forward)
+    if plan.shards is not None:
+        run = functools.partial(vocabulary_parallel.statistics, run, plan.shards)
+    return run(hidden, head, ids, scale)
 
 
 def _forward(plan: _Plan, hidden: Array, head: Array, ids: Array, scale: Array | None) -> tuple[TokenStats, tuple]:
@@ -155,8 +168,11 @@ def _backward(plan: _Plan, residuals: tuple, cotangent: TokenStats) -> tuple[Arr
     def backward(module: ModuleType) -> Callable[..., tuple[Array, Array]]:
         return functools.partial(module.backward, chunk=plan.chunk)
 
-    hidden, head, *_ = residuals
-    grad_hidden, grad_head = dispatch.call(IMPLEMENTATIONS, plan.choice, backward, *residuals, cotangent)
+    hidden, head, ids, scale, lse, entropy = residuals
+    run: Callable[..., tuple[Array, Array]] = functools.partial(dispatch.call, IMPLEMENTATIONS, plan.choice, backward)
+    if plan.shards is not None:
+        run = functools.partial(vocabulary_parallel.gradients, run, plan.shards)
+    grad_hidden, grad_head = run(hidden, head, ids, scale, lse, entropy, cotangent)
     return grad_hidden.astype(hidden.dtype), grad_head.astype(head.dtype), None, None
 
 

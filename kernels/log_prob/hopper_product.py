@@ -126,7 +126,7 @@ def program(cut: Tiling, hidden_ref: Any, head_ref: Any, places: "Places", compu
                 plgpu.barrier_arrive(places.empty.at[lax.rem(before + num_steps - 1, cut.stages)])
                 return found
 
-            return pl.run_scoped(product, plgpu.ACC((cut.block_m, cut.block_n), jnp.float32))
+            return pl.run_scoped(product, plgpu.WGMMAAccumulatorRef((cut.block_m, cut.block_n), jnp.float32))
 
         compute(row, split, first, last, logits)
 
@@ -174,9 +174,7 @@ def call(kernel: Callable[..., None], cut: Tiling, shape: jax.ShapeDtypeStruct, 
         num_threads=COMPUTE + 1,
         thread_name="warpgroup",
         # Named because the default has changed between versions; approximate: exp2 in one instruction, to 2 ulp.
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup
-        ),
+        compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
         interpret=interpret.gpu(),
     )
 
