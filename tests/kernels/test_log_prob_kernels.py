@@ -72,11 +72,9 @@ def test_tpu_equals_float64(options, tolerance, expected_stats, relative_error):
     check(problem, "mosaic_tpu", relative_error, tolerance)
 
 
-@pytest.mark.parametrize("options", [{}, {"spread": 10.0, "temperature": False}], ids=["plain", "extreme"])
-def test_gpu_equals_float64(options, expected_stats, relative_error):
+def test_gpu_equals_float64(expected_stats, relative_error):
     """Two steps over D, four tiles of 64 vocabulary entries, the last of them moved left, in three programs."""
-    sizes = {"hidden_dim": 128, "vocabulary": 204, "dtype": "bfloat16", "spread": 0.1}
-    problem = Problem(expected_stats, **{**sizes, **options})
+    problem = Problem(expected_stats, hidden_dim=128, vocabulary=204, dtype="bfloat16", spread=0.3)
     check(problem, "mosaic_gpu", relative_error, 1e-2)
 
 
@@ -185,18 +183,18 @@ def test_every_candidate_fits_shared_memory(tiles, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("tokens", "vocabulary", "splits"), [(4096, 151_936, 8), (16_384, 151_936, 2), (256, 151_936, 33), (256, 300, 3)]
+    ("tokens", "vocabulary", "splits"), [(4096, 151_936, 8), (16_384, 151_936, 2), (256, 151_936, 127), (256, 300, 3)]
 )
 def test_splits_leave_few_multiprocessors_idle(tokens, vocabulary, splits, monkeypatch):
     monkeypatch.setattr(hopper_product, "num_programs", lambda: 132)
     cut = hopper_product.tiling(tokens, vocabulary, 128, 128, 3)
     assert cut.edge(0) == 0 and cut.edge(cut.splits) == cut.num_tiles
     waves = -(-cut.num_rows * cut.splits // 132)
-    assert cut.num_tiles < 132 or cut.num_rows * cut.splits / (132 * waves) > 0.95
+    assert cut.num_tiles < 132 or cut.num_rows * cut.splits / (132 * waves) > 0.96
     assert cut.splits == splits
 
 
-@pytest.mark.parametrize(("tokens", "width"), [(4096, 32_128), (16_384, 8_448), (100, 152_064)])
+@pytest.mark.parametrize(("tokens", "width"), [(4096, 30_464), (16_384, 8_064), (100, 151_936)])
 def test_blocks_of_dz_follow_the_budget(tokens, width):
     found = tiled.block_width(tokens, 151_936, 2, 128, 2**28)
     assert found == width and found % 128 == 0
