@@ -11,10 +11,11 @@ import functools
 import math
 from collections.abc import Callable
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 
 from kernels import dispatch
 from kernels import token_stats as monoid
@@ -159,7 +160,8 @@ def _statistics(plan: _Plan, hidden: Array, head: Array, ids: Array, scale: Arra
     return run(hidden, head, ids, scale)
 
 
-def _forward(plan: _Plan, hidden: Array, head: Array, ids: Array, scale: Array | None) -> tuple[TokenStats, tuple]:
+def _forward(plan: _Plan, *primals: Any) -> tuple[TokenStats, tuple]:
+    hidden, head, ids, scale = jax.tree.map(lambda primal: primal.value, primals)
     stats = _statistics(plan, hidden, head, ids, scale)
     return stats, (hidden, head, ids, scale, stats.lse, stats.entropy)
 
@@ -169,6 +171,12 @@ def _backward(plan: _Plan, residuals: tuple, cotangent: TokenStats) -> tuple[Arr
         return functools.partial(module.backward, chunk=plan.chunk)
 
     hidden, head, ids, scale, lse, entropy = residuals
+    if isinstance(cotangent.entropy, SymbolicZero):
+        # Then it is multiplied by 0, and where nobody else looks at it either, the forward pass need not compute it.
+        entropy = jnp.zeros_like(lse)
+    cotangent = jax.tree.map(
+        lambda each: jnp.zeros(each.shape, jnp.float32) if isinstance(each, SymbolicZero) else each, cotangent
+    )
     run: Callable[..., tuple[Array, Array]] = functools.partial(dispatch.call, IMPLEMENTATIONS, plan.choice, backward)
     if plan.shards is not None:
         run = functools.partial(vocabulary_parallel.gradients, run, plan.shards)
@@ -177,4 +185,4 @@ def _backward(plan: _Plan, residuals: tuple, cotangent: TokenStats) -> tuple[Arr
 
 
 _token_stats = jax.custom_vjp(_statistics, nondiff_argnums=(0,))
-_token_stats.defvjp(_forward, _backward)
+_token_stats.defvjp(_forward, _backward, symbolic_zeros=True)

@@ -186,6 +186,21 @@ def test_log_prob_without_a_kept_set_is_that_of_the_whole_vocabulary(expected_st
         np.testing.assert_allclose(got, expected.logits[:, 0] - expected.lse, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("way", WAYS[:3], ids=str)
+def test_entropy_is_not_computed_where_nobody_looks_at_it(way):
+    """Its sum is a second exponential of every logit."""
+
+    def exponentials(weight):
+        def total(hidden, head, ids):
+            stats = token_stats(hidden, head, ids, implementation=way[0], chunk_tokens=way[1])
+            return (stats.logits[..., 0] - stats.lse + (weight * stats.entropy if weight else 0)).sum()
+
+        shapes = jnp.zeros((ROWS, TOKENS, 8)), jnp.zeros((64, 8)), jnp.zeros((ROWS, TOKENS, 1), int)
+        return jax.jit(jax.grad(total, (0, 1))).lower(*shapes).compile().as_text().count(" exponential(")
+
+    assert exponentials(None) < exponentials(1.0)
+
+
 def temporary_bytes(tokens: int, vocabulary: int, **options) -> int:
     """Temporaries of forward and backward together, as the compiler reports them."""
 

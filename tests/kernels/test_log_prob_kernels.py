@@ -72,9 +72,12 @@ def test_tpu_equals_float64(options, tolerance, expected_stats, relative_error):
     check(problem, "mosaic_tpu", relative_error, tolerance)
 
 
-def test_gpu_equals_float64(expected_stats, relative_error):
-    """Two steps over D, four tiles of 64 vocabulary entries, the last of them moved left, in three programs."""
-    problem = Problem(expected_stats, hidden_dim=128, vocabulary=204, dtype="bfloat16", spread=0.3)
+def test_gpu_equals_float64(expected_stats, relative_error, monkeypatch):
+    """Two programs, each with three tiles of 64 vocabulary entries, the last moved left, and two steps over D: every
+    place in shared memory is used again."""
+    monkeypatch.setattr(hopper_product, "num_programs", lambda: 2)
+    monkeypatch.setattr(tiled, "BLOCK_BYTES_LEAST", 2**15)
+    problem = Problem(expected_stats, hidden_dim=128, vocabulary=332, dtype="bfloat16", spread=0.3)
     check(problem, "mosaic_gpu", relative_error, 1e-2)
 
 
