@@ -102,6 +102,7 @@ def _teach_transposed_operands() -> None:
         b, a = buffer("b", b_transforms), buffer("a", given["a_transforms"])
         accumulator = buffer("acc", given["acc_transforms"])
         left, right, sums = (memory.get_buffer_content(*each, thread)[0] for each in (a, b, accumulator))
+        assert left is not None and right is not None and sums is not None
         memory.store_buffer_content(*accumulator, sums + left.astype(sums.dtype) @ right.astype(sums.dtype).T, thread)
         return given["token"]
 

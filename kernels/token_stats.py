@@ -25,6 +25,7 @@ A row with nothing in it gives lse = -inf and entropy = certainty = 0, never NaN
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -145,6 +146,16 @@ def finish(sums: TokenSums) -> TokenStats:
     entropy = log_exponentials - sums.weighted / exponentials
     certainty = log_exponentials - sums.shifted / count - jnp.log(count)
     return TokenStats(sums.maximum + log_exponentials, entropy, certainty, sums.logits)
+
+
+def sums_of(stats: TokenStats, count: int) -> TokenSums:
+    """What ``finish`` made of ``count`` logits taken back, relative to lse instead of the largest logit: l = 1.
+
+    Any offset that is not below the largest logit serves ``combine``, and finished statistics are so enough to merge.
+    """
+    shifted = -count * (stats.certainty + math.log(count))
+    counts = jnp.full_like(stats.lse, count)
+    return TokenSums(stats.lse, jnp.ones_like(stats.lse), -stats.entropy, shifted, counts, stats.logits)
 
 
 def gradient(

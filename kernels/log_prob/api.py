@@ -11,21 +11,28 @@ import functools
 import math
 from collections.abc import Callable
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 
 from kernels import dispatch
 from kernels import token_stats as monoid
 from kernels.dispatch import Implementation
-from kernels.log_prob import chunked, leading, reference
+from kernels.log_prob import chunked, leading, mosaic_gpu, mosaic_tpu, reference, vocabulary_parallel
+from kernels.log_prob.vocabulary_parallel import Shards
 from kernels.token_stats import TokenStats
 
 Array = jax.Array
 
-# In order of preference. Accelerator kernels go in front of "chunked" where their measured table says so.
-IMPLEMENTATIONS = {"chunked": Implementation(chunked), "reference": Implementation(reference)}
+# In order of preference. An accelerator kernel is chosen by itself where a measured table says that it wins.
+IMPLEMENTATIONS = {
+    "mosaic_gpu": Implementation(mosaic_gpu, platforms=("cuda",), automatic=(), refuses=mosaic_gpu.refuses),
+    "mosaic_tpu": Implementation(mosaic_tpu, platforms=("tpu",), automatic=(), refuses=mosaic_tpu.refuses),
+    "chunked": Implementation(chunked),
+    "reference": Implementation(reference),
+}
 
 # Float32 logits of one chunk. CPU: 8 MiB stay in cache (forward + backward of 4,096 tokens, D = 256, V = 4,096 on two
 # cores: 151 ms with 8 MiB, 200 ms with 1 MiB, 174 ms in one chunk of 64 MiB). Accelerators: about 4,096 tokens of a
@@ -41,6 +48,7 @@ class _Plan(NamedTuple):
 
     choice: dispatch.Choice
     chunk: int  # columns of T
+    shards: Shards | None
 
 
 def token_stats(
@@ -51,8 +59,8 @@ def token_stats(
     temperature: Array | float | None = None,
     implementation: str | None = None,
     chunk_tokens: int | None = None,
-    num_devices: int = 1,
     count: Array | None = None,
+    shards: Shards | None = None,
 ) -> TokenStats:
     """lse, entropy, certainty [...] and logits [..., K] of softmax(hidden @ head^T / temperature); nats, float32.
 
@@ -66,11 +74,11 @@ def token_stats(
         and it receives no gradient.
       temperature: [...] or a number; None is 1. Where it is 0 (greedy) the distribution is that at 1.
       implementation: a name, or None for the best on this platform.
-      chunk_tokens: most tokens (B * T) whose logits are held at once; None derives it from a memory budget a device.
-      num_devices: over which B and V are sharded. Each has a budget of its own: chunks are as many times larger, and
-        the gradient of a head that lies over several of them is summed as many times less often.
+      chunk_tokens: most tokens (B * T) whose logits a device holds at once; None derives it from a memory budget.
       count: [] int32; columns of T from here on are not wanted: nothing is computed for them (but up to the end of a
         chunk), their statistics are 0 or meaningless, and cotangents given to them must be 0. None: all are wanted.
+      shards: how B and V lie over a mesh, for which any implementation then runs on what each device holds
+        (``vocabulary_parallel``). None: on one device, or, where the compiler can partition it ("chunked"), as it may.
 
     Raises:
       ValueError: shapes that do not fit, or an implementation that does not exist or cannot run here.
@@ -83,6 +91,7 @@ def token_stats(
         tokens=math.prod(hidden.shape[:-1]),
         hidden=hidden.shape[-1],
         vocabulary=head.shape[0],
+        dtype=hidden.dtype,
     )
     shape = hidden.shape[:-1]
     as_rows = functools.partial(_as_rows, shape)
@@ -90,11 +99,13 @@ def token_stats(
     if temperature is not None:
         scale = as_rows(jnp.broadcast_to(monoid.inverse_temperature(temperature), shape))
     hidden, ids = as_rows(hidden), as_rows(ids)
-    rows, tokens, _ = hidden.shape
+    rows, vocabulary = hidden.shape[0], head.shape[0]
+    if shards is not None:
+        rows, vocabulary = shards.local(rows, vocabulary)
     if chunk_tokens is None:
-        chunk_tokens = max(CHUNK_TOKENS_LEAST, num_devices * _chunk_bytes() // (4 * head.shape[0]))
-    chunk = chunked.chunk_length(tokens, chunk_tokens // max(1, rows))
-    stats = _token_stats(_Plan(choice, chunk), hidden, head, ids, scale, count)
+        chunk_tokens = max(CHUNK_TOKENS_LEAST, _chunk_bytes() // (4 * vocabulary))
+    chunk = chunked.chunk_length(hidden.shape[1], chunk_tokens // max(1, rows))
+    stats = _token_stats(_Plan(choice, chunk, shards), hidden, head, ids, scale, count)
     return jax.tree.map(lambda each: each.reshape(*shape, *each.shape[2:]), stats)
 
 
@@ -146,32 +157,49 @@ def _statistics(
     plan: _Plan, hidden: Array, head: Array, ids: Array, scale: Array | None, count: Array | None
 ) -> TokenStats:
     def forward(module: ModuleType) -> Callable[..., TokenStats]:
-        if count is not None:
-            return functools.partial(leading.forward, module.forward, count, plan.chunk)
-        return functools.partial(module.forward, chunk=plan.chunk)
+        def run(hidden: Array, head: Array, ids: Array, scale: Array | None, count: Array | None) -> TokenStats:
+            if count is None:
+                return module.forward(hidden, head, ids, scale, chunk=plan.chunk)
+            return leading.forward(module.forward, count, plan.chunk, hidden, head, ids, scale)
 
-    return dispatch.call(IMPLEMENTATIONS, plan.choice, forward, hidden, head, ids, scale)
+        return run
+
+    run: Callable[..., TokenStats] = functools.partial(dispatch.call, IMPLEMENTATIONS, plan.choice, forward)
+    if plan.shards is not None:
+        run = functools.partial(vocabulary_parallel.statistics, run, plan.shards)
+    return run(hidden, head, ids, scale, count)
 
 
-def _forward(
-    plan: _Plan, hidden: Array, head: Array, ids: Array, scale: Array | None, count: Array | None
-) -> tuple[TokenStats, tuple]:
+def _forward(plan: _Plan, *primals: Any) -> tuple[TokenStats, tuple]:
+    hidden, head, ids, scale, count = jax.tree.map(lambda primal: primal.value, primals)
     stats = _statistics(plan, hidden, head, ids, scale, count)
-    return stats, (hidden, head, ids, scale, stats.lse, stats.entropy, count)
+    return stats, (hidden, head, ids, scale, count, stats.lse, stats.entropy)
 
 
 def _backward(plan: _Plan, residuals: tuple, cotangent: TokenStats) -> tuple[Array, Array, None, None, None]:
-    *inputs, count = residuals
-    hidden, head, *_ = inputs
-
     def backward(module: ModuleType) -> Callable[..., tuple[Array, Array]]:
-        if count is not None:
-            return functools.partial(leading.backward, module.backward, count, plan.chunk)
-        return functools.partial(module.backward, chunk=plan.chunk)
+        def run(
+            hidden: Array, head: Array, ids: Array, scale: Array | None, count: Array | None, *others: Any
+        ) -> tuple[Array, Array]:
+            if count is None:
+                return module.backward(hidden, head, ids, scale, *others, chunk=plan.chunk)
+            return leading.backward(module.backward, count, plan.chunk, hidden, head, ids, scale, *others)
 
-    grad_hidden, grad_head = dispatch.call(IMPLEMENTATIONS, plan.choice, backward, *inputs, cotangent)
+        return run
+
+    hidden, head, ids, scale, count, lse, entropy = residuals
+    if isinstance(cotangent.entropy, SymbolicZero):
+        # Then it is multiplied by 0, and where nobody else looks at it either, the forward pass need not compute it.
+        entropy = jnp.zeros_like(lse)
+    cotangent = jax.tree.map(
+        lambda each: jnp.zeros(each.shape, jnp.float32) if isinstance(each, SymbolicZero) else each, cotangent
+    )
+    run: Callable[..., tuple[Array, Array]] = functools.partial(dispatch.call, IMPLEMENTATIONS, plan.choice, backward)
+    if plan.shards is not None:
+        run = functools.partial(vocabulary_parallel.gradients, run, plan.shards)
+    grad_hidden, grad_head = run(hidden, head, ids, scale, count, lse, entropy, cotangent)
     return grad_hidden.astype(hidden.dtype), grad_head.astype(head.dtype), None, None, None
 
 
 _token_stats = jax.custom_vjp(_statistics, nondiff_argnums=(0,))
-_token_stats.defvjp(_forward, _backward)
+_token_stats.defvjp(_forward, _backward, symbolic_zeros=True)

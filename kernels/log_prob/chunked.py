@@ -6,8 +6,8 @@ would lie on one device each and move hidden states between devices. Tokens are 
 chunk is then one full-width product, which XLA runs at the speed of the unchunked one (tokamax on H100: vocabulary
 chunks halve it), and because nothing has to be combined.
 
-The gradient of a head that all devices hold is summed over them once a chunk: the reason for larger chunks on many
-devices (``num_devices``). A head whose vocabulary is sharded costs sums of per-token numbers only.
+Where the compiler partitions the program, the gradient of a head that all devices hold is summed over them once a
+chunk; told how the call lies on the mesh (``vocabulary_parallel``) it is summed once.
 """
 
 import jax

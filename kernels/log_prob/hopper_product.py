@@ -50,15 +50,16 @@ class Tiling(NamedTuple):
 
 
 def tiling(tokens: int, vocabulary: int, block_m: int, block_n: int, stages: int) -> Tiling:
-    """The tiling that leaves the fewest multiprocessors idle in the last wave of programs."""
+    """The tiling with the fewest splits that keeps multiprocessors busy: within 4 %, or as nearly as can be, of waves
+    of programs that are all full."""
     num_rows, num_tiles = tokens // (COMPUTE * block_m), -(-vocabulary // block_n)
     programs = num_programs()
 
     def idle(splits: int) -> tuple[float, int]:
         waves = -(-num_rows * splits // programs)
-        return round(waves * programs / (num_rows * splits), 2), splits
+        return max(1.04, waves * programs / (num_rows * splits)), splits
 
-    splits = min(range(1, min(num_tiles, 64) + 1), key=idle)
+    splits = min(range(1, min(num_tiles, programs) + 1), key=idle)
     return Tiling(block_m, block_n, stages, num_rows, num_tiles, splits)
 
 
@@ -126,7 +127,7 @@ def program(cut: Tiling, hidden_ref: Any, head_ref: Any, places: "Places", compu
                 plgpu.barrier_arrive(places.empty.at[lax.rem(before + num_steps - 1, cut.stages)])
                 return found
 
-            return pl.run_scoped(product, plgpu.ACC((cut.block_m, cut.block_n), jnp.float32))
+            return pl.run_scoped(product, plgpu.WGMMAAccumulatorRef((cut.block_m, cut.block_n), jnp.float32))
 
         compute(row, split, first, last, logits)
 

@@ -15,6 +15,7 @@ Not run on hardware: run in the GPU interpreter with its race detector, and lowe
 """
 
 import functools
+import itertools
 import math
 from typing import Any
 
@@ -128,7 +129,7 @@ def _sums(hidden: Array, head: Array, scale: Array, *, block_m: int, block_n: in
     out = plgpu.SMEM((COMPUTE, 4, block_m), jnp.float32)
     parts = hopper_product.call(kernel, cut, shape, hidden.dtype, 1, out)(hidden, head, rows)
     edges = [min(vocabulary, cut.edge(split) * block_n) for split in range(cut.splits + 1)]
-    counts = jnp.asarray([float(end - start) for start, end in zip(edges, edges[1:])], jnp.float32)
+    counts = jnp.asarray([float(end - start) for start, end in itertools.pairwise(edges)], jnp.float32)
     m, l, a, s = (parts[:, index, :tokens] for index in range(4))
     counts = jnp.broadcast_to(counts[:, None], m.shape)
     return monoid.combine_along(TokenSums(m, l, a, s, counts, jnp.zeros((*m.shape, 0), jnp.float32)))

@@ -92,7 +92,7 @@ def backward(
     width = block_width(tokens, vocabulary, head.dtype.itemsize, multiple, block_bytes)
     num_blocks = vocabulary // width
     carry = jnp.zeros(flat.shape, jnp.float32), jnp.zeros_like(head)
-    grad_hidden, grad_head = lax.fori_loop(0, num_blocks, step, carry)
+    grad_hidden, grad_head = lax.fori_loop(0, num_blocks, step, carry) if num_blocks else carry
     rest = vocabulary - num_blocks * width
     if rest:
         part = jnp.pad(head[-rest:], ((0, -rest % multiple), (0, 0)))

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels.log_prob.api import token_stats
+from kernels.log_prob.vocabulary_parallel import Shards
 from kernels.token_stats import filtered_log_prob
 from rlrag.batch import Batch
 from rlrag.mesh import MODEL
@@ -31,8 +32,8 @@ def score(params: Transformer, a: Architecture, batch: Batch, key: jax.Array | N
     temperature = rearranged(batch.temperature, order, place)
     head = params.output_head.astype(before.dtype)
     stats = token_stats(
-        rearranged(before, order, place), head, ids, temperature=temperature,
-        num_devices=num_parts(head.shape[0]), count=jnp.max(jnp.sum(trained, -1)),
+        rearranged(before, order, place), head, ids, temperature=temperature, shards=placement(),
+        count=jnp.max(jnp.sum(trained, -1)),
     )  # fmt: skip
     logp = filtered_log_prob(stats.logits[..., 0], stats.lse, stats.logits[..., 1:])
 
@@ -60,12 +61,17 @@ rearranged.defvjp(
 )
 
 
-def num_parts(vocab_size: int) -> int:
-    """Over how many devices the logits of a micro-batch lie: rows over all axes but `model`, the vocabulary over it."""
+def placement() -> Shards | None:
+    """How a micro-batch lies on the mesh: rows over all axes but `model`, the vocabulary of the head over that one.
+
+    Told this, each device runs the kernel on its rows and its part of the vocabulary, and the gradient of the head
+    crosses devices once; the compiler, which would find a partition by itself, can find none for a Pallas kernel, and
+    would sum that gradient once a chunk.
+    """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return 1
-    return mesh.size if vocab_size % mesh.shape[MODEL] == 0 else mesh.size // mesh.shape[MODEL]
+    if mesh.empty or mesh.size == 1:
+        return None
+    return Shards(mesh, tuple(name for name in mesh.axis_names if name != MODEL), MODEL)
 
 
 def no_scores(batch: Batch) -> Scores:

@@ -7,28 +7,32 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from kernels import arg_specs
-from kernels.log_prob import api, log_prob, token_stats
+from kernels.log_prob import api, log_prob, naive, token_stats
 from kernels.log_prob.chunked import chunk_length
+from kernels.log_prob.vocabulary_parallel import Shards
 
 # (implementation, chunk_tokens): no chunks, one chunk, three with padding, all of T, one column a chunk.
 WAYS = [("reference", None), ("chunked", None), ("chunked", 10), ("chunked", 26), ("chunked", 1)]
+KERNELS = {"mosaic_gpu", "mosaic_tpu"}  # test_log_prob_kernels.py
 ROWS, TOKENS, WANTED = 2, 13, 3
 
 
 def test_every_implementation_is_tested():
-    assert {name for name, _ in WAYS} == set(api.IMPLEMENTATIONS)
+    assert {name for name, _ in WAYS} | KERNELS == set(api.IMPLEMENTATIONS)
 
 
 class Problem:
     """Inputs, cotangents and the float64 answer of one call."""
 
-    def __init__(self, expected_stats, hidden_dim=16, vocabulary=53, spread=1.0, dtype="float32", temperature=True):
+    def __init__(
+        self, expected_stats, hidden_dim=16, vocabulary=53, spread=1.0, dtype="float32", temperature=True, tokens=TOKENS
+    ):
         rng = np.random.default_rng(3)
-        shape = (ROWS, TOKENS)
+        shape = (ROWS, tokens)
         head = rng.normal(size=(vocabulary, hidden_dim)) * spread
         self.hidden, self.head = (jnp.asarray(x, dtype) for x in (rng.normal(size=(*shape, hidden_dim)), head))
         self.ids = rng.integers(0, vocabulary, (*shape, WANTED))
@@ -182,6 +186,21 @@ def test_log_prob_without_a_kept_set_is_that_of_the_whole_vocabulary(expected_st
         np.testing.assert_allclose(got, expected.logits[:, 0] - expected.lse, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("way", WAYS[:3], ids=str)
+def test_entropy_is_not_computed_where_nobody_looks_at_it(way):
+    """Its sum is a second exponential of every logit."""
+
+    def exponentials(weight):
+        def total(hidden, head, ids):
+            stats = token_stats(hidden, head, ids, implementation=way[0], chunk_tokens=way[1])
+            return (stats.logits[..., 0] - stats.lse + (weight * stats.entropy if weight else 0)).sum()
+
+        shapes = jnp.zeros((ROWS, TOKENS, 8)), jnp.zeros((64, 8)), jnp.zeros((ROWS, TOKENS, 1), int)
+        return jax.jit(jax.grad(total, (0, 1))).lower(*shapes).compile().as_text().count(" exponential(")
+
+    assert exponentials(None) < exponentials(1.0)
+
+
 def temporary_bytes(tokens: int, vocabulary: int, **options) -> int:
     """Temporaries of forward and backward together, as the compiler reports them."""
 
@@ -223,7 +242,7 @@ def test_wrong_arguments_name_both_values():
         token_stats(hidden, head, ids[..., 0])
     with pytest.raises(ValueError, match="got float32"):
         token_stats(hidden, head, ids.astype(jnp.float32))
-    with pytest.raises(ValueError, match="there are chunked, reference"):
+    with pytest.raises(ValueError, match="there are mosaic_gpu, mosaic_tpu, chunked, reference"):
         token_stats(hidden, head, ids, implementation="fused")
 
 
@@ -260,11 +279,22 @@ def test_several_devices_have_a_budget_each(monkeypatch):
     monkeypatch.setitem(api.CHUNK_BYTES, "cpu", 2**15)
     monkeypatch.setattr(api, "CHUNK_TOKENS_LEAST", 1)
 
-    def loops(num_devices):
-        call = functools.partial(token_stats, implementation="chunked", num_devices=num_devices)
-        shapes = jnp.zeros((1, 64, 8)), jnp.zeros((512, 8)), jnp.zeros((1, 64, 1), int)
+    def loops(data, model):
+        shards = Shards(AbstractMesh((data, model), ("data", "model")), ("data",), "model")
+        call = functools.partial(token_stats, implementation="chunked", shards=shards)
+        shapes = jnp.zeros((2, 32, 8)), jnp.zeros((512, 8)), jnp.zeros((2, 32, 1), int)
         return re.findall(r"length=(\d+)", str(jax.make_jaxpr(call)(*shapes)))
 
-    assert loops(1) == ["4"]
-    assert loops(2) == ["2"]
-    assert loops(4) == []
+    assert loops(1, 1) == ["4"]
+    assert loops(2, 1) == loops(1, 2) == ["2"]
+    assert loops(2, 2) == []
+
+
+def test_naive_equals_float64(expected_stats, relative_error):
+    problem = Problem(expected_stats)
+    ids = np.clip(problem.ids, 0, len(problem.head) - 1)
+    got = jax.jit(naive.token_stats)(problem.hidden, problem.head, ids, temperature=problem.temperature)
+    for one, other in zip(got, expected_stats(problem.logits, ids)):
+        assert relative_error(one, other) < 1e-5
+    log_p = naive.log_prob(problem.hidden, problem.head, ids[..., 0], temperature=problem.temperature)
+    assert relative_error(log_p, got.logits[..., 0] - got.lse) < 1e-5

@@ -129,6 +129,24 @@ def finite_differences(logits, ids, cotangent, expected_stats) -> np.ndarray:
     return gradient
 
 
+def test_combine_along_an_axis_is_combine():
+    logits, ids = logits_of("offset"), ids_of()
+    parts = split(logits, ids, (5, 20))
+    stacked = jax.tree.map(lambda *each: jnp.stack(each), *parts)
+    assert_same(monoid.combine_along(stacked), functools.reduce(monoid.combine, parts))
+
+
+@pytest.mark.parametrize("kind", KINDS[:4])
+def test_finished_parts_can_be_merged(kind):
+    logits, ids = logits_of(kind), ids_of()
+    edges = [0, 5, 20, VOCABULARY]
+    sizes = [end - start for start, end in itertools.pairwise(edges)]
+    parts = [monoid.finish(part) for part in split(logits, ids, (5, 20))]
+    again = [monoid.sums_of(part, size) for part, size in zip(parts, sizes)]
+    whole = monoid.finish(monoid.partial(logits, ids))
+    assert_same(monoid.finish(functools.reduce(monoid.combine, again)), whole, tolerance=1e-4)
+
+
 @pytest.mark.parametrize("kind", ["plain", "offset", "peaked", "masked"])
 def test_gradient_equals_finite_differences(kind, expected_stats):
     logits, ids, cotangent = logits_of(kind), ids_of(), cotangent_of()

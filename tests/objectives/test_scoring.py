@@ -6,7 +6,7 @@ import pytest
 
 from rlrag.mesh import make_mesh
 from rlrag.model.transformer import trunk
-from rlrag.objectives.scoring import no_scores, num_parts, score
+from rlrag.objectives.scoring import no_scores, placement, score
 from tests.episodes import make_groups, pack_groups
 from tests.objectives.learner import ARCHITECTURE, parameters
 
@@ -59,12 +59,18 @@ def test_stand_ins_have_the_shape_of_scores():
         assert (real.shape, real.dtype) == (stand_in.shape, stand_in.dtype)
 
 
-def print_parts() -> None:
-    for data, model in ((4, 2), (8, 1), (2, 4)):
-        with jax.set_mesh(make_mesh(data, model)):
-            print(num_parts(24), num_parts(26))
+def print_placements() -> None:
+    print(placement())
+    for mesh in (make_mesh(4, 2), make_mesh(2, 2, replica=2)):
+        with jax.set_mesh(mesh):
+            found = placement()
+            print(found.rows, found.vocabulary, *(found.local(8, vocabulary) for vocabulary in (24, 25)))
 
 
 def test_logits_lie_over_rows_and_over_a_vocabulary_that_divides(run_on_devices):
-    assert num_parts(24) == 1
-    assert run_on_devices(print_parts).split() == ["8", "8", "8", "8", "8", "2"]
+    assert placement() is None
+    assert run_on_devices(print_placements).splitlines() == [
+        "None",
+        "('data',) model (2, 12) (2, 25)",
+        "('replica', 'data') model (2, 12) (2, 25)",
+    ]
