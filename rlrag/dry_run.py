@@ -214,8 +214,10 @@ def abstract_batch(programs: Programs, stage: Stage, mesh: Mesh) -> Any:
 def abstract_cache(a: Architecture, spec: Spec, mesh: Mesh) -> Any:
     """mesh: of one process."""
     cut = parts(a, mesh.shape[MODEL])
-    cache = jax.eval_shape(lambda: kv.empty(a, spec.num_pages, spec.page_size, cut.num_kv_heads(a)))
-    return placed(cache, NamedSharding(mesh, PartitionSpec(MODEL if cut.heads > 1 else None, DATA)))
+    cache = jax.eval_shape(
+        lambda: kv.empty(a, spec.num_pages, spec.page_size, spec.num_slots, spec.max_tokens, cut.num_kv_heads(a))
+    )
+    return placed(cache, jax.tree.map(lambda spec: NamedSharding(mesh, spec), kv.partitions(a, mesh)))
 
 
 # -- lowering and compiling -------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from kernels.uncertainty.api import uncertainty
 from rlrag.mesh import DATA, MODEL
 from rlrag.model.architecture import Architecture
-from rlrag.model.attention import attend, views
+from rlrag.model.attention import attend, attend_lanes, views
 from rlrag.model.decoding import WHOLE, DecodeWeights, Parts, abstract_weights, parts
 from rlrag.model.transformer import extend, vocabulary_logits
 from rlrag.rollout import cache as kv
@@ -55,7 +55,7 @@ class Spec:
 
 
 class Prefill(NamedTuple):
-    """Tokens to cache. A row's later chunk may follow in a later entry of J: entries run in order."""
+    """Tokens to cache. Pieces of one stream may lie in rows of one entry of J and in later ones, which run in order."""
 
     tokens: Array  # int [J, R, C]
     start: Array  # int [J, R] position of the first
@@ -75,6 +75,8 @@ class Decode(NamedTuple):
     stop_state: Array  # int [B]
     stream: Array  # uint32 [B] names the stream: part of the sampling key
     once: Array  # bool [B] emitted ids are struck from `allowed`
+    fresh: Array  # int [B] first the slots whose stream was not there in the round before
+    num_fresh: Array  # int [shards] how many those are
     adapters: Array | None  # float [B, A]
     controls: Controls
 
@@ -105,7 +107,7 @@ class Burst:
 
     step: jax.Array
     most: jax.Array  # slots that run still, on the shard that has most of them
-    view: Cache
+    cache: Cache  # whose pages stay as they are
     token: jax.Array
     stop_state: jax.Array
     reason: jax.Array
@@ -144,7 +146,7 @@ def prefill(
             return attend(q, key_view, value_view, seen[a.local[number]], a.attention_scale or None)
 
         extend(weights, a, tokens, positions, mix, None if inbox.adapters is None else inbox.adapters[j], cut)
-        return Cache(tuple(keys), tuple(values))
+        return cache._replace(keys=tuple(keys), values=tuple(values))
 
     return jax.lax.fori_loop(0, agreed(inbox.num_chunks[0], cut), chunk, cache)
 
@@ -156,7 +158,17 @@ def burst(
     """Decode until every slot has stopped or `spec.burst` steps are done."""
     B, N = inbox.token.shape[0], spec.burst
     keys = jax.vmap(partial(jax.random.fold_in, root))(inbox.stream)
-    view = Cache(*(tuple(kv.gather(store, inbox.table, spec.page_size) for store in half) for half in cache))
+    # Of all steps at once: a generator that runs inside the loop costs more there than what it is for.
+    after = inbox.position[:, None] + 1 + jnp.arange(N)
+    uniforms = jax.vmap(jax.vmap(lambda key, at: jax.random.uniform(jax.random.fold_in(key, at)), (None, 0)))(
+        keys, after
+    )
+
+    def enter(i: jax.Array, cache: Cache) -> Cache:
+        lane = inbox.fresh[i]
+        return kv.take_up(cache, lane, inbox.table[lane], spec.page_size)
+
+    cache = jax.lax.fori_loop(0, inbox.num_fresh[0], enter, cache)
 
     def running(reason: jax.Array) -> jax.Array:
         return agreed(jnp.sum(reason == RUNNING, dtype=jnp.int32), cut)
@@ -167,20 +179,21 @@ def burst(
     def body(s: Burst) -> Burst:
         live = s.reason == RUNNING
         position = inbox.position + s.count  # of the token that goes in
-        cached = jnp.arange(spec.max_tokens)[None]
+        cached = jnp.arange(kv.num_tiles(spec.max_tokens) * kv.TILE)[None]
         seen = views(a, (cached <= position[:, None])[:, None], position[:, None], cached)
-        target = jnp.where(live, position, spec.max_tokens)[:, None]
-        key_view, value_view = list(s.view.keys), list(s.view.values)
+        target = jnp.where(live, position, cached.size)
+        lane_keys, lane_values = list(s.cache.lane_keys), list(s.cache.lane_values)
 
         def mix(number: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-            key_view[number] = kv.write(key_view[number], target, k)
-            value_view[number] = kv.write(value_view[number], target, v)
-            return attend(q, key_view[number], value_view[number], seen[a.local[number]], a.attention_scale or None)
+            own = kv.write_lanes(lane_keys[number], lane_values[number], target, k[:, 0], v[:, 0])
+            lane_keys[number], lane_values[number] = own
+            visible = seen[a.local[number]][:, 0]
+            return attend_lanes(q[:, 0], *own, visible, a.attention_scale or None)[:, None]
 
         hidden = extend(weights, a, s.token[:, None], position[:, None], mix, inbox.adapters, cut)[:, 0]
         logits = vocabulary_logits(weights, hidden, cut)
         controls = inbox.controls._replace(allowed=s.allowed)
-        uniform = jax.vmap(lambda key, at: jax.random.uniform(jax.random.fold_in(key, at)))(keys, position + 1)
+        uniform = jax.lax.dynamic_index_in_dim(uniforms, s.step, 1, keepdims=False)
         token, kept = sample(logits, uniform, controls)
         stats = uncertainty(logits, token, controls.temperature, kept, masked=False)
         new = (token, stats.log_prob, stats.entropy, stats.certainty, stats.margin, kept)
@@ -195,7 +208,7 @@ def burst(
         return Burst(
             step=s.step + 1,
             most=running(reason),
-            view=Cache(tuple(key_view), tuple(value_view)),
+            cache=s.cache._replace(lane_keys=tuple(lane_keys), lane_values=tuple(lane_values)),
             token=jnp.where(live, token, s.token),
             stop_state=stop_state,
             reason=reason,
@@ -209,7 +222,7 @@ def burst(
     start = Burst(
         step=jnp.int32(0),
         most=running(reason),
-        view=view,
+        cache=cache,
         token=inbox.token,
         stop_state=inbox.stop_state,
         reason=reason,
@@ -228,17 +241,18 @@ def burst(
     index = kv.token_index(inbox.table, positions, spec.page_size)
     past = cache.keys[0].shape[1] + jnp.arange(B * N).reshape(B, N)
     index = jnp.where(jnp.arange(N) < s.count[:, None], index, past)
-    stored = [
-        tuple(kv.scatter(store, index, kv.read(half, positions)) for store, half in zip(stores, halves))
-        for stores, halves in zip(cache, s.view)
-    ]
-    return Cache(*stored), emitted
+    keys, values = [], []
+    for number in range(a.num_layers):
+        key, value = kv.read_lanes(s.cache.lane_keys[number], s.cache.lane_values[number], positions)
+        keys.append(kv.scatter(s.cache.keys[number], index, key))
+        values.append(kv.scatter(s.cache.values[number], index, value))
+    return s.cache._replace(keys=tuple(keys), values=tuple(values)), emitted
 
 
 SHARD, EVERYWHERE, SECOND = PartitionSpec(DATA), PartitionSpec(), PartitionSpec(None, DATA)
 INBOX = Inbox(
     prefill=Prefill(*[SECOND] * 5, num_chunks=SHARD),
-    decode=Decode(*[SHARD] * 8, controls=Controls(*[SHARD] * 4)),
+    decode=Decode(*[SHARD] * 10, controls=Controls(*[SHARD] * 4)),
 )
 
 
@@ -258,7 +272,7 @@ def build_advance(spec: Spec, a: Architecture, end_id: int, mesh: Mesh):
         cache = prefill(weights, cache, inbox.prefill, spec, a, cut)
         return burst(weights, cache, inbox.decode, stops, accepting, root, end_id, spec, a, cut)
 
-    cached = PartitionSpec(MODEL if cut.heads > 1 else None, DATA)
+    cached = kv.partitions(a, mesh)
     weights = jax.tree.map(lambda leaf: leaf.sharding, abstract_weights(a, mesh))
     mapped = jax.shard_map(
         advance,

@@ -41,7 +41,9 @@ class Decoder:
         self.advance = device.build_advance(spec, a, end_id, mesh)
         with jax.set_mesh(mesh):
             heads = parts(a, mesh.shape[MODEL]).num_kv_heads(a)
-            self._cache = jax.jit(lambda: kv.empty(a, spec.num_pages, spec.page_size, heads))()
+            self._cache = jax.jit(
+                lambda: kv.empty(a, spec.num_pages, spec.page_size, spec.num_slots, spec.max_tokens, heads)
+            )()
         self.pages = [Pages(spec.num_pages // self.shards, spec.page_size) for _ in range(self.shards)]
         slots = spec.num_slots // self.shards
         self._slots: list[list[CachedStream | None]] = [[None] * slots for _ in range(self.shards)]
@@ -197,10 +199,16 @@ class Decoder:
         spec, shards = self.spec, self.shards
         inbox = empty_inbox(spec, shards, len(self.architecture.adapters.listed))
         for shard in range(shards):
+            before, lanes = list(self._slots[shard]), spec.num_slots // shards
             self._schedule_shard(shard, inbox.prefill, spec.prefill_rows // shards)
+            fresh = []
             for lane, stream in enumerate(self._slots[shard]):
                 if stream is not None:
-                    fill(inbox.decode, shard * (spec.num_slots // shards) + lane, stream)
+                    fill(inbox.decode, shard * lanes + lane, stream)
+                    if stream is not before[lane]:
+                        fresh.append(lane)
+            inbox.decode.fresh[shard * lanes : shard * lanes + len(fresh)] = fresh
+            inbox.decode.num_fresh[shard] = len(fresh)
         return inbox
 
     def _schedule_shard(self, shard: int, prefill: Prefill, rows: int) -> None:
@@ -239,7 +247,9 @@ class Decoder:
             )
 
     def _prefill(self, stream: CachedStream, j: int, prefill: Prefill, first_row: int, rows: int, used: np.ndarray, ready_chunk: dict[int, int]) -> bool:  # fmt: skip # noqa: E501
-        """Put the uncached tokens, all but the newest, into chunks from j on. True when they all fit this round."""
+        """Put the uncached tokens, all but the newest, into rows of chunks from j on. True when all fit this round.
+
+        One chunk may hold many pieces of a stream: a layer writes the keys of all rows before any row reads."""
         C = self.spec.prefill_chunk
         end = stream.length - 1
         while stream.cached < end:
@@ -259,7 +269,6 @@ class Decoder:
             self.usage.prefill_tokens += count
             for page in self._name_pages(stream):
                 ready_chunk[page] = j
-            j += 1
         return True
 
     def _share(self, stream: CachedStream, ready_chunk: dict[int, int]) -> int:
@@ -349,7 +358,8 @@ def empty_inbox(spec: Spec, shards: int, num_adapters: int = 0) -> Inbox:
     decode = Decode(
         token=np.zeros(B, np.int32), position=np.zeros(B, np.int32), limit=np.zeros(B, np.int32),
         table=np.zeros((B, n), np.int32), stop_state=np.zeros(B, np.int32), stream=np.zeros(B, np.uint32),
-        once=np.zeros(B, bool), adapters=adapters(B), controls=controls,
+        once=np.zeros(B, bool), fresh=np.zeros(B, np.int32), num_fresh=np.zeros(shards, np.int32),
+        adapters=adapters(B), controls=controls,
     )  # fmt: skip
     return Inbox(prefill, decode)
 

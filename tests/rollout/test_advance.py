@@ -54,8 +54,8 @@ def test_a_burst_ends_with_its_last_slot(limits, steps):
 
 
 def test_a_prompt_may_take_several_rounds():
-    """Chunks that do not fit a round go on in the next; others decode meanwhile."""
-    decoder = Decoder(ARCHITECTURE, SPEC, VOCABULARY, -1, make_mesh())
+    """What does not fit a round goes on in the next."""
+    decoder = Decoder(ARCHITECTURE, dataclasses.replace(SPEC, prefill_rows=2), VOCABULARY, -1, make_mesh())
     decoder.start(pack(parameters(), ARCHITECTURE), jax.random.key(0))
     for uid, length in enumerate((120, 4)):
         stream = decoder.open(uid, 0)
@@ -64,7 +64,7 @@ def test_a_prompt_may_take_several_rounds():
     order = []
     while decoder.launch():
         order += [call.ticket for _, call in decoder.collect()]
-    assert order == [1, 0]
-    # 119 tokens in chunks of 6, at most 4 chunks a round.
-    assert decoder.usage.rounds == 5
+    assert order == [0, 1]
+    # 119 tokens in 20 pieces of 6, two of them in each of the 4 chunks of a round; the short prompt is with the last.
+    assert decoder.usage.rounds == 3
     assert decoder.usage.prefill_tokens == 119 + 3

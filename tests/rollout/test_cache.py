@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -30,20 +32,45 @@ def test_pages_hold_tokens_in_order(new):
     assert np.isnan(store).sum() == HEADS * SIZE * (PAGES * PAGE - 22), "other places are untouched"
 
 
-def test_the_view_is_the_stream(new):
-    view = kv.gather(filled(new), TABLE, PAGE)
-    assert view.shape == (HEADS, 2, 12, SIZE)
-    np.testing.assert_array_equal(np.moveaxis(view, 0, 2)[:, :11], new)
-    positions = np.array([[0, 10, 3], [9, 4, 4]])
-    expected = np.take_along_axis(new, positions[..., None, None], 1)
-    np.testing.assert_array_equal(kv.read(view, positions), expected)
+def lanes(new: np.ndarray, num_lanes: int = 3, max_tokens: int = 40) -> kv.Cache:
+    """A cache of one layer whose last two lanes hold the two streams; its keys are those given, its values a hundred
+    more."""
+    architecture = dataclasses.replace(ARCHITECTURE, num_layers=1, num_kv_heads=HEADS, head_dim=SIZE)
+    cache = kv.empty(architecture, PAGES, PAGE, num_lanes, max_tokens)
+    cache = cache._replace(keys=(filled(new),), values=(filled(new + 100),))
+    for row, table in enumerate(TABLE):
+        cache = kv.take_up(cache, num_lanes - 2 + row, jnp.asarray(table), PAGE)
+    return cache
 
 
-def test_writing_into_the_view_and_dropping_what_lies_past_its_end(new):
-    view = kv.gather(filled(new), TABLE, PAGE)
-    changed = kv.write(view, np.array([[11, 2], [12, 99]]), new[:, :2] + 100)
-    np.testing.assert_array_equal(kv.read(changed, np.array([[11, 2]] * 2))[0], new[0, :2] + 100)
-    np.testing.assert_array_equal(np.asarray(changed)[:, 1], np.asarray(view)[:, 1])
+def test_a_lane_is_the_stream(new):
+    cache = lanes(new)
+    assert cache.lane_keys[0].shape == (3, HEADS, 2, SIZE, kv.TILE)
+    assert cache.lane_values[0].shape == (3, HEADS, 2 * kv.TILE, SIZE)
+    keys, values = (np.asarray(half[0])[1:] for half in cache[2:])
+    in_order = keys.transpose(0, 2, 4, 1, 3).reshape(2, -1, HEADS, SIZE)[:, :11]
+    np.testing.assert_array_equal(in_order, new)
+    np.testing.assert_array_equal(values.swapaxes(1, 2)[:, :11], new + 100)
+    positions = np.array([[0, 0, 0], [0, 10, 3], [9, 4, 4]])
+    expected = np.take_along_axis(new, positions[1:, :, None, None], 1)
+    keys, values = kv.read_lanes(cache.lane_keys[0], cache.lane_values[0], positions)
+    np.testing.assert_array_equal(keys[1:], expected)
+    np.testing.assert_array_equal(values[1:], expected + 100)
+
+
+def test_writing_into_lanes_and_dropping_what_lies_past_their_end(new):
+    cache = lanes(new)
+    before = cache.lane_keys[0], cache.lane_values[0]
+    past, more = 2 * kv.TILE, np.stack([new[0, 0], new[0, 1], new[1, 0]]) + 1000
+    after = kv.write_lanes(*before, np.array([past, 33, past]), more, more)
+    for lane in (0, 2):
+        for old, changed in zip(before, after):
+            np.testing.assert_array_equal(changed[lane], old[lane])
+    keys, values = kv.read_lanes(*after, np.array([[0], [33], [0]]))
+    np.testing.assert_array_equal(keys[1, 0], more[1])
+    np.testing.assert_array_equal(values[1, 0], more[1])
+    changes = (np.nan_to_num(old) != np.nan_to_num(changed) for old, changed in zip(before, after))
+    assert sum(int(each.sum()) for each in changes) == 2 * HEADS * SIZE
 
 
 def test_scattering_past_the_end_is_dropped(new):
@@ -53,6 +80,6 @@ def test_scattering_past_the_end_is_dropped(new):
 
 
 def test_the_store_takes_the_dtype_of_the_model():
-    cache = kv.empty(ARCHITECTURE, 6, PAGE)
+    cache = kv.empty(ARCHITECTURE, 6, PAGE, 2, 24)
     assert len(cache.keys) == len(cache.values) == ARCHITECTURE.num_layers
     assert {(leaf.shape, str(leaf.dtype)) for leaf in [*cache.keys, *cache.values]} == {((2, 24, 8), "float32")}

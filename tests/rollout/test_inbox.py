@@ -32,7 +32,7 @@ def program():
 
     def run(inbox: Inbox, stops=None, accepting=None):
         # A number that would be seen in every result stands wherever nothing was written.
-        empty = kv.empty(ARCHITECTURE, SPEC.num_pages, SPEC.page_size)
+        empty = kv.empty(ARCHITECTURE, SPEC.num_pages, SPEC.page_size, SPEC.num_slots, SPEC.max_tokens)
         cache = jax.tree.map(lambda store: jnp.full_like(store, UNWRITTEN), empty)
         table = np.zeros((4, 64), np.int16) if stops is None else stops
         ends = np.zeros(4, bool) if accepting is None else accepting
@@ -57,8 +57,9 @@ def write_inbox(limits=(5, 3, 0), temperature=0.0, allowed=(), once=False) -> In
     token, position, limit, stop_state = (np.zeros(4, np.int32) for _ in range(4))
     streams = np.arange(4, dtype=np.uint32)
     decode = Decode(
-        token, position, limit, np.zeros((4, n), np.int32), stop_state, streams, np.full(4, once), None, controls
-    )
+        token, position, limit, np.zeros((4, n), np.int32), stop_state, streams, np.full(4, once),
+        np.array([1, 2, 3, 0]), np.array([3]), None, controls,
+    )  # fmt: skip
     for row, (prompt, pages) in enumerate(zip(PROMPTS, PAGES)):
         for j, start in enumerate(range(0, len(prompt) - 1, C)):
             piece = prompt[start : min(start + C, len(prompt) - 1)]
@@ -146,8 +147,9 @@ def test_samples_depend_on_stream_and_position_alone(program):
     inbox = write_inbox(limits=(5, 5, 5), temperature=1.5)
     _, out = program(inbox)
     moved = jax.tree.map(np.copy, inbox)
-    for field in jax.tree.leaves(moved.decode):
+    for field in jax.tree.leaves(moved.decode._replace(fresh=None, num_fresh=None)):
         field[[0, 1]] = field[[1, 0]]
+    moved.decode.fresh[:3] = 0, 2, 3
     moved.decode.limit[3] = 0
     _, other = program(moved)
     assert other.tokens[0].tolist() == out.tokens[1].tolist()
