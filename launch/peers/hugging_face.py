@@ -3,6 +3,7 @@
 python -m launch.peers.hugging_face --workload=FILE --model=DIR --work=DIR, or --make=DIR for the weights that all use
 """
 
+# pyright: reportMissingImports=false
 import argparse
 from importlib.metadata import version
 from pathlib import Path

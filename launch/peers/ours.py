@@ -140,14 +140,14 @@ def versions() -> dict[str, str]:
 def logits(run: Any, params: Any, tokens: list[int]) -> list[list[float]]:
     """Of the training model, after every token of a prompt."""
     import jax
-    import numpy as np
+    import jax.numpy as jnp
 
     from rlrag.model.transformer import trunk
 
-    ids = np.array([tokens], np.int32)
-    segment, parent = np.ones_like(ids), np.zeros((1, 2), np.int32)
-    positions = np.arange(ids.shape[1], dtype=np.int32)[None]
-    hidden = jax.jit(lambda p: trunk(p, run.architecture, ids, positions, segment, parent))(params)
+    ids = jnp.array([tokens])
+    one = jnp.ones_like(ids), jnp.zeros((1, 2), jnp.int32)  # one segment, without a parent
+    positions = jnp.arange(ids.shape[1])[None]
+    hidden = jax.jit(lambda params: trunk(params, run.architecture, ids, positions, *one))(params)
     return (hidden[0] @ params.output_head.T).tolist()
 
 

@@ -3,6 +3,7 @@
 python -m launch.peers.tunix --workload=FILE --model=DIR --work=DIR
 """
 
+# pyright: reportMissingImports=false
 import argparse
 from collections.abc import Iterator
 from importlib.metadata import version
