@@ -1,16 +1,17 @@
 """Decode and GRPO steps beside Tunix, transformers and TRL: python -m launch.bench_peers (make bench-peers)
 
 Every contender is a process in its own environment; they work in turn, the others wait. What is measured goes to
-OUT.json as it is measured, the report to OUT.md; workloads that OUT.json has already are not measured again.
+OUT.json round by round, the report to OUT.md; rounds that OUT.json has already are not measured again.
 """
 
 import datetime
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -52,14 +53,17 @@ def main(values: flags.FlagValues) -> None:
     results = out.with_suffix(".json")
     recorded = json.loads(results.read_text()) if results.exists() else {}
     for name in values.workloads:
-        if name in recorded and not values.fresh:
+        before = [] if values.fresh else recorded.get(name, {}).get("rounds", [])
+        before = [each for each in before if set(each) == set(values.contenders)]
+        if len(before) >= values.rounds:
             print(f"{name}: {results} has it (--fresh measures again)")
             continue
         commands = {each: command(pythons[each], each, work / name, model) for each in values.contenders}
-        recorded[name] = measure(WORKLOADS[name], commands, values.rounds, work / name)
-        recorded = {known: recorded[known] for known in WORKLOADS if known in recorded}
-        results.write_text(json.dumps(recorded, indent=1) + "\n")
-        out.with_suffix(".md").write_text(report.write(recorded, header(recorded)))
+        for one in measure(WORKLOADS[name], commands, before, values.rounds, work / name):
+            recorded[name] = one
+            recorded = {known: recorded[known] for known in WORKLOADS if known in recorded}
+            results.write_text(json.dumps(recorded, indent=1) + "\n")
+            out.with_suffix(".md").write_text(report.write(recorded, header(recorded)))
     print(f"{results} and {out.with_suffix('.md')}")
 
 
@@ -93,44 +97,44 @@ def command(python: str, contender: str, folder: Path, model: Path) -> list[str]
     return [python, "-m", MODULES[contender], *(f"--{name}={path}" for name, path in arguments.items())]
 
 
-def measure(workload: Workload, commands: Mapping[str, list[str]], rounds: int, folder: Path) -> dict[str, Any]:
-    """Start all, one after the other, compare their logits, then let them work in turn."""
+def measure(
+    workload: Workload, commands: Mapping[str, list[str]], before: list[dict[str, Message]], rounds: int, folder: Path
+) -> Iterator[dict[str, Any]]:
+    """Start all, one after the other, compare their logits, then let them work in turn; what is known after each round.
+    before: the rounds that were measured already."""
     folder.mkdir(parents=True, exist_ok=True)
     workloads.save(workload, folder / "workload.json")
     print(f"{workload.name}: {workload.describe()}", flush=True)
     with ExitStack() as running:
-        contenders, ready = {}, {}
+        contenders, ready, measured = {}, {}, list(before)
         for name, arguments in commands.items():
-            own = folder / name
-            clear(own)
+            clear(folder / name)
             contender = Contender(name, arguments, folder / f"{name}.log", environment(), ROOT)
             contenders[name] = running.enter_context(contender)
             ready[name] = contender.hear()
             print(f"  {name} is ready", flush=True)
-        difference = compare(ready)
-        measured = []
-        for number in range(rounds):
+        known = {
+            "workload": asdict(workload),
+            "date": str(datetime.date.today()),
+            "versions": {name: message["versions"] for name, message in ready.items()},
+            "agreement": compare(ready),
+            "settings": ready.get(OURS, {}).get("settings", {}),
+        }
+        for number in range(len(before), rounds):
             measured.append({name: contender.ask(seed=number) for name, contender in contenders.items()})
             told = (f"{name} {answer['seconds']:.2f} s" for name, answer in measured[-1].items())
             print(f"  round {number + 1}/{rounds}: {', '.join(told)}", flush=True)
-    for name, answers in ((name, [each[name] for each in measured]) for name in commands):
-        wrong = {answer["tokens"] for answer in answers} - {workload.tokens}
-        if wrong:
-            raise ValueError(f"{name} sampled {wrong} tokens, {workload.tokens} were asked for: lengths are not forced")
-    return {
-        "workload": asdict(workload),
-        "date": str(datetime.date.today()),
-        "versions": {name: message["versions"] for name, message in ready.items()},
-        "agreement": difference,
-        "settings": ready.get(OURS, {}).get("settings", {}),
-        "rounds": measured,
-    }
+            for name, answer in measured[-1].items():
+                if answer["tokens"] != workload.tokens:
+                    raise ValueError(
+                        f"{name} sampled {answer['tokens']} tokens, {workload.tokens} were asked for: lengths are not "
+                        "forced"
+                    )
+            yield {**known, "rounds": measured}
 
 
 def clear(folder: Path) -> None:
     """An empty folder in its place: a run that is found there would be gone on with."""
-    import shutil
-
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
 

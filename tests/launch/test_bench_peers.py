@@ -129,6 +129,9 @@ def test_the_bench_measures_writes_and_goes_on_from_what_it_has(toys, tmp_path: 
     bench()
     assert "has it (--fresh measures again)" in capsys.readouterr().out
     assert json.loads((tmp_path / "peers.json").read_text()) == results
+    bench("--rounds=3")
+    rounds = json.loads((tmp_path / "peers.json").read_text())["toy"]["rounds"]
+    assert len(rounds) == 3 and rounds[:2] == results["toy"]["rounds"]
 
 
 def test_other_models_and_unknown_names_are_told(toys, tmp_path: Path, capsys):
