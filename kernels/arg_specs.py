@@ -35,6 +35,32 @@ class RecurrenceSpec(NamedTuple):
     tokens: int  # T
 
 
+class DecodeSpec(NamedTuple):
+    """Attention of a decode step in one layer (num_attention_heads, num_key_value_heads, head_dim of config.json)."""
+
+    name: str
+    heads: int  # N
+    kv_heads: int  # K
+    head_dim: int  # H
+    slots: int  # B
+    shortest: int  # tokens of a slot, uniform between the two
+    longest: int
+
+    def scaled(self, divisor: int) -> "DecodeSpec":
+        """The same heads over ``divisor`` times fewer slots and tokens; for CPU."""
+        return self._replace(
+            name=f"{self.name}/{divisor}",
+            slots=max(2, self.slots // divisor),
+            shortest=max(1, self.shortest // divisor),
+            longest=max(64, self.longest // divisor),
+        )
+
+    @property
+    def read_bytes(self) -> int:
+        """Of bfloat16 keys and values that a step reads on average: its least work."""
+        return 4 * self.kv_heads * self.head_dim * self.slots * (self.shortest + self.longest) // 2
+
+
 DEMO = HeadSpec("demo", hidden=256, vocabulary=4096, tied=True, tokens=4096, slots=64)
 
 HEADS = (
@@ -49,4 +75,12 @@ RECURRENCES = (
     RecurrenceSpec("demo", rows=64, tokens=1024),
     RecurrenceSpec("search, 4k window", rows=256, tokens=4096),
     RecurrenceSpec("search, 16k window", rows=64, tokens=16_384),
+)
+
+DECODES = (
+    DecodeSpec("qwen2.5-0.5b", heads=14, kv_heads=2, head_dim=64, slots=128, shortest=1024, longest=4096),
+    DecodeSpec("qwen2.5-3b", heads=16, kv_heads=2, head_dim=128, slots=128, shortest=1024, longest=4096),
+    DecodeSpec("qwen2.5-7b", heads=28, kv_heads=4, head_dim=128, slots=128, shortest=1024, longest=4096),
+    DecodeSpec("qwen3-8b", heads=32, kv_heads=8, head_dim=128, slots=128, shortest=1024, longest=4096),
+    DecodeSpec("llama-3-8b", heads=32, kv_heads=8, head_dim=128, slots=128, shortest=1024, longest=4096),
 )

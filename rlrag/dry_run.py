@@ -29,8 +29,7 @@ from rlrag.objectives.update import TrainState, Update
 from rlrag.packing import empty_batch
 from rlrag.recipes.recipe import Stage
 from rlrag.retrieval.service import open_remote
-from rlrag.rollout import cache as kv
-from rlrag.rollout.advance import Spec, build_advance
+from rlrag.rollout.advance import Spec, build_advance, cache_partitions, empty_cache
 from rlrag.rollout.decoder import check, empty_inbox
 from rlrag.setup import acting_models, build_architecture, build_spec, build_stages, check_sizes, open_mesh, resolved
 
@@ -213,11 +212,8 @@ def abstract_batch(programs: Programs, stage: Stage, mesh: Mesh) -> Any:
 
 def abstract_cache(a: Architecture, spec: Spec, mesh: Mesh) -> Any:
     """mesh: of one process."""
-    cut = parts(a, mesh.shape[MODEL])
-    cache = jax.eval_shape(
-        lambda: kv.empty(a, spec.num_pages, spec.page_size, spec.num_slots, spec.max_tokens, cut.num_kv_heads(a))
-    )
-    return placed(cache, jax.tree.map(lambda spec: NamedSharding(mesh, spec), kv.partitions(a, mesh)))
+    where = jax.tree.map(lambda spec: NamedSharding(mesh, spec), cache_partitions(a, spec, mesh))
+    return placed(jax.eval_shape(lambda: empty_cache(a, spec, mesh)), where)
 
 
 # -- lowering and compiling -------------------------------------------------------------------------------------------

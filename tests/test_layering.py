@@ -142,7 +142,7 @@ VAGUE = {"util", "utils", "common", "helper", "helpers", "misc", "manager", "man
 MOST_LINES = 450
 
 # Kernels whose implementations are tested side by side: kernels/NAME/*.py by tests/kernels/test_NAME.py.
-TESTED_TOGETHER = ("kernels/advantage", "kernels/log_prob", "kernels/uncertainty")
+TESTED_TOGETHER = ("kernels/advantage", "kernels/decode_attention", "kernels/log_prob", "kernels/uncertainty")
 PEERS = ("workloads", "protocol", "report", "ours", "tunix", "hugging_face")
 # Modules whose cases stand in the test file of the room they serve, which imports them or is their only way in.
 TESTED_WITH = {

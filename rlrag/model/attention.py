@@ -95,29 +95,6 @@ def attend(
     return out.reshape(K, B, N // K, C, H).transpose(1, 3, 0, 2, 4).reshape(B, C, N, H)
 
 
-def attend_lanes(
-    query: jax.Array, key: jax.Array, value: jax.Array, visible: jax.Array, scale: float | None = None
-) -> jax.Array:
-    """Softmax attention of one token a lane; scores and softmax in float32.
-
-    query [B, N, H]; key [B, K, n, H, W], tiles of W tokens; value [B, K, n * W, H]; visible [B, n * W] -> [B, N, H].
-    scale of the scores; None: H^-0.5.
-
-    Scores are sums of products along tiles and no matrix product: with a query or two to a key, XLA for CPU runs the
-    product at a third of the speed of memory in one layout and, from some hundred tokens on, at a thirtieth in the
-    other (docs/LOG.md).
-    """
-    B, N, H = query.shape
-    K, num_tiles, _, width = key.shape[1:]
-    q = (query * (scale or H**-0.5)).reshape(B, K, N // K, 1, H, 1).astype(jnp.float32)
-    scores = jnp.sum(q * key[:, :, None].astype(jnp.float32), -2).reshape(B, K, N // K, num_tiles * width)
-    scores = jnp.where(visible[:, None, None], scores, MASKED)
-    weights = jnp.exp(scores - jnp.max(scores, -1, keepdims=True))
-    weights = (weights / jnp.sum(weights, -1, keepdims=True)).astype(value.dtype)
-    out = jnp.einsum("bkrs,bksh->bkrh", weights, value)
-    return out.astype(query.dtype).reshape(B, N, H)
-
-
 @jax.custom_vjp
 def mix_values(query: jax.Array, key: jax.Array, value: jax.Array, visible: jax.Array) -> jax.Array:
     """softmax(query key^T) value; query [K, B, G*C, H] (scaled), key and value [K, B, S, H], visible [B, C, S].

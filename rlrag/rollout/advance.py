@@ -9,24 +9,27 @@ one with most to do: devices that wait for each other must come to the same sums
 
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from kernels.dispatch import current_platform
 from kernels.uncertainty.api import uncertainty
 from rlrag.mesh import DATA, MODEL
 from rlrag.model.architecture import Architecture
-from rlrag.model.attention import attend, attend_lanes, views
+from rlrag.model.attention import attend, views
 from rlrag.model.decoding import WHOLE, DecodeWeights, Parts, abstract_weights, parts
 from rlrag.model.transformer import extend, vocabulary_logits
 from rlrag.rollout import cache as kv
+from rlrag.rollout import lanes, paged
 from rlrag.rollout.cache import Cache
 from rlrag.rollout.sampling import Array, Controls, sample
 
 RUNNING, STOPPED, ENDED, LIMITED = 0, 1, 2, 3  # why a slot's burst is over
+LANES, PAGES = "lanes", "pages"  # what a burst works on: copies of the pages in its lanes, or the pages themselves
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,7 @@ class Spec:
     prefill_chunk: int  # tokens a row and chunk
     prefill_chunks: int  # chunks a round at most
     num_kept: int  # capacity of filtered sets (top-k, top-p, allowed ids); 0: filters cannot be used
+    decode: str = ""  # on LANES or PAGES; empty: as suits the platform
 
     @property
     def kept_width(self) -> int:
@@ -52,6 +56,12 @@ class Spec:
     @property
     def pages_per_stream(self) -> int:
         return self.max_tokens // self.page_size
+
+    @property
+    def on_pages(self) -> bool:
+        way = self.decode or (LANES if current_platform() == "cpu" else PAGES)
+        assert way in (LANES, PAGES), way
+        return way == PAGES
 
 
 class Prefill(NamedTuple):
@@ -77,6 +87,7 @@ class Decode(NamedTuple):
     once: Array  # bool [B] emitted ids are struck from `allowed`
     fresh: Array  # int [B] first the slots whose stream was not there in the round before
     num_fresh: Array  # int [shards] how many those are
+    patience: Array  # int [shards] steps that slots may stand still, in all, after they have stopped
     adapters: Array | None  # float [B, A]
     controls: Controls
 
@@ -106,14 +117,30 @@ class Burst:
     """Loop state of a burst."""
 
     step: jax.Array
-    most: jax.Array  # slots that run still, on the shard that has most of them
-    cache: Cache  # whose pages stay as they are
+    most: jax.Array  # slots that the next step is for, on the shard that has most of them
+    idle: jax.Array  # steps that slots of this shard have stood still
+    cache: Cache
     token: jax.Array
     stop_state: jax.Array
     reason: jax.Array
     count: jax.Array
     allowed: jax.Array
     out: tuple[jax.Array, ...]
+
+
+def empty_cache(a: Architecture, spec: Spec, mesh: Mesh) -> Cache:
+    """mesh: of this process's devices."""
+    heads = parts(a, mesh.shape[MODEL]).num_kv_heads(a)
+    own = 0 if spec.on_pages else spec.num_slots
+    return kv.empty(a, spec.num_pages, spec.page_size, own, spec.max_tokens, heads)
+
+
+def cache_partitions(a: Architecture, spec: Spec, mesh: Mesh) -> Any:
+    """A PartitionSpec for every array of the cache."""
+    heads = MODEL if parts(a, mesh.shape[MODEL]).heads > 1 else None
+    page, lane = (PartitionSpec(heads, DATA),) * a.num_layers, (PartitionSpec(DATA, heads),) * a.num_layers
+    own = () if spec.on_pages else lane
+    return Cache(page, page, own, own)  # type: ignore[arg-type]  # specs in the cache's tree
 
 
 def agreed(number: jax.Array, cut: Parts) -> jax.Array:
@@ -155,7 +182,7 @@ def burst(
     weights: DecodeWeights, cache: Cache, inbox: Decode, stops: jax.Array, accepting: jax.Array, root: jax.Array,
     end_id: int, spec: Spec, a: Architecture, cut: Parts = WHOLE,
 ) -> tuple[Cache, Outbox]:  # fmt: skip
-    """Decode until every slot has stopped or `spec.burst` steps are done."""
+    """Decode until every slot has stopped, those that have are out of patience, or `spec.burst` steps are done."""
     B, N = inbox.token.shape[0], spec.burst
     keys = jax.vmap(partial(jax.random.fold_in, root))(inbox.stream)
     # Of all steps at once: a generator that runs inside the loop costs more there than what it is for.
@@ -163,15 +190,16 @@ def burst(
     uniforms = jax.vmap(jax.vmap(lambda key, at: jax.random.uniform(jax.random.fold_in(key, at)), (None, 0)))(
         keys, after
     )
+    way = paged if spec.on_pages else lanes
+    cache = way.enter(cache, inbox.fresh, inbox.num_fresh[0], inbox.table, spec.page_size)
 
-    def enter(i: jax.Array, cache: Cache) -> Cache:
-        lane = inbox.fresh[i]
-        return kv.take_up(cache, lane, inbox.table[lane], spec.page_size)
+    begun = jnp.sum(inbox.limit > 0, dtype=jnp.int32)
 
-    cache = jax.lax.fori_loop(0, inbox.num_fresh[0], enter, cache)
-
-    def running(reason: jax.Array) -> jax.Array:
-        return agreed(jnp.sum(reason == RUNNING, dtype=jnp.int32), cut)
+    def going_on(reason: jax.Array, idle: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """`most` and `idle` before the next step."""
+        running = jnp.sum(reason == RUNNING, dtype=jnp.int32)
+        idle = idle + begun - running
+        return agreed(jnp.where(idle <= inbox.patience[0], running, 0), cut), idle
 
     def cond(s: Burst) -> jax.Array:
         return (s.step < N) & (s.most > 0)
@@ -179,17 +207,7 @@ def burst(
     def body(s: Burst) -> Burst:
         live = s.reason == RUNNING
         position = inbox.position + s.count  # of the token that goes in
-        cached = jnp.arange(kv.num_tiles(spec.max_tokens) * kv.TILE)[None]
-        seen = views(a, (cached <= position[:, None])[:, None], position[:, None], cached)
-        target = jnp.where(live, position, cached.size)
-        lane_keys, lane_values = list(s.cache.lane_keys), list(s.cache.lane_values)
-
-        def mix(number: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-            own = kv.write_lanes(lane_keys[number], lane_values[number], target, k[:, 0], v[:, 0])
-            lane_keys[number], lane_values[number] = own
-            visible = seen[a.local[number]][:, 0]
-            return attend_lanes(q[:, 0], *own, visible, a.attention_scale or None)[:, None]
-
+        mix, written = way.mixer(s.cache, inbox.table, position, live, spec.page_size, a)
         hidden = extend(weights, a, s.token[:, None], position[:, None], mix, inbox.adapters, cut)[:, 0]
         logits = vocabulary_logits(weights, hidden, cut)
         controls = inbox.controls._replace(allowed=s.allowed)
@@ -204,11 +222,13 @@ def burst(
         reason = jnp.where(token == end_id, ENDED, reason)
         reason = jnp.where(accepting[stop_state], STOPPED, reason)
         reason = jnp.where(live, reason, s.reason)
+        most, idle = going_on(reason, s.idle)
         struck = inbox.once[:, None] & live[:, None] & (s.allowed == token[:, None])
         return Burst(
             step=s.step + 1,
-            most=running(reason),
-            cache=s.cache._replace(lane_keys=tuple(lane_keys), lane_values=tuple(lane_values)),
+            most=most,
+            idle=idle,
+            cache=written(),
             token=jnp.where(live, token, s.token),
             stop_state=stop_state,
             reason=reason,
@@ -219,9 +239,11 @@ def burst(
 
     numbers = [jnp.zeros((B, N), dtype) for dtype in (jnp.int32, *[jnp.float32] * 4)]
     reason = jnp.where(inbox.limit > 0, RUNNING, LIMITED)
+    most, idle = going_on(reason, jnp.int32(0))
     start = Burst(
         step=jnp.int32(0),
-        most=running(reason),
+        most=most,
+        idle=idle,
         cache=cache,
         token=inbox.token,
         stop_state=inbox.stop_state,
@@ -236,23 +258,13 @@ def burst(
     missing = spec.kept_width - spec.num_kept
     emitted = emitted._replace(kept=jnp.pad(emitted.kept, ((0, 0), (0, 0), (0, missing)), constant_values=-1))
 
-    # A live slot cached the token at `position` and all it emitted but the newest: `count` tokens from `position` on.
-    positions = inbox.position[:, None] + jnp.arange(N)
-    index = kv.token_index(inbox.table, positions, spec.page_size)
-    past = cache.keys[0].shape[1] + jnp.arange(B * N).reshape(B, N)
-    index = jnp.where(jnp.arange(N) < s.count[:, None], index, past)
-    keys, values = [], []
-    for number in range(a.num_layers):
-        key, value = kv.read_lanes(s.cache.lane_keys[number], s.cache.lane_values[number], positions)
-        keys.append(kv.scatter(s.cache.keys[number], index, key))
-        values.append(kv.scatter(s.cache.values[number], index, value))
-    return s.cache._replace(keys=tuple(keys), values=tuple(values)), emitted
+    return s.cache, emitted
 
 
 SHARD, EVERYWHERE, SECOND = PartitionSpec(DATA), PartitionSpec(), PartitionSpec(None, DATA)
 INBOX = Inbox(
     prefill=Prefill(*[SECOND] * 5, num_chunks=SHARD),
-    decode=Decode(*[SHARD] * 10, controls=Controls(*[SHARD] * 4)),
+    decode=Decode(*[SHARD] * 11, controls=Controls(*[SHARD] * 4)),
 )
 
 
@@ -272,7 +284,7 @@ def build_advance(spec: Spec, a: Architecture, end_id: int, mesh: Mesh):
         cache = prefill(weights, cache, inbox.prefill, spec, a, cut)
         return burst(weights, cache, inbox.decode, stops, accepting, root, end_id, spec, a, cut)
 
-    cached = kv.partitions(a, mesh)
+    cached = cache_partitions(a, spec, mesh)
     weights = jax.tree.map(lambda leaf: leaf.sharding, abstract_weights(a, mesh))
     mapped = jax.shard_map(
         advance,

@@ -15,11 +15,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from rlrag.agents.workflow import Allowed, Sampling
-from rlrag.mesh import DATA, MODEL
+from rlrag.mesh import DATA
 from rlrag.model.architecture import Architecture
-from rlrag.model.decoding import DecodeWeights, parts
+from rlrag.model.decoding import DecodeWeights
 from rlrag.rollout import advance as device
-from rlrag.rollout import cache as kv
 from rlrag.rollout.advance import Decode, Inbox, Outbox, Prefill, Spec
 from rlrag.rollout.pages import ROOT, Pages, chain
 from rlrag.rollout.sampling import Controls
@@ -40,10 +39,7 @@ class Decoder:
         self._stops_on_device: tuple[int, tuple[jax.Array, jax.Array]] | None = None
         self.advance = device.build_advance(spec, a, end_id, mesh)
         with jax.set_mesh(mesh):
-            heads = parts(a, mesh.shape[MODEL]).num_kv_heads(a)
-            self._cache = jax.jit(
-                lambda: kv.empty(a, spec.num_pages, spec.page_size, spec.num_slots, spec.max_tokens, heads)
-            )()
+            self._cache = jax.jit(lambda: device.empty_cache(a, spec, mesh))()
         self.pages = [Pages(spec.num_pages // self.shards, spec.page_size) for _ in range(self.shards)]
         slots = spec.num_slots // self.shards
         self._slots: list[list[CachedStream | None]] = [[None] * slots for _ in range(self.shards)]
@@ -209,6 +205,8 @@ class Decoder:
                         fresh.append(lane)
             inbox.decode.fresh[shard * lanes : shard * lanes + len(fresh)] = fresh
             inbox.decode.num_fresh[shard] = len(fresh)
+            # A round's own cost is that of about a quarter of a step: slots that stand still longer are worth another.
+            inbox.decode.patience[shard] = lanes // 4
         return inbox
 
     def _schedule_shard(self, shard: int, prefill: Prefill, rows: int) -> None:
@@ -359,6 +357,7 @@ def empty_inbox(spec: Spec, shards: int, num_adapters: int = 0) -> Inbox:
         token=np.zeros(B, np.int32), position=np.zeros(B, np.int32), limit=np.zeros(B, np.int32),
         table=np.zeros((B, n), np.int32), stop_state=np.zeros(B, np.int32), stream=np.zeros(B, np.uint32),
         once=np.zeros(B, bool), fresh=np.zeros(B, np.int32), num_fresh=np.zeros(shards, np.int32),
+        patience=np.zeros(shards, np.int32),
         adapters=adapters(B), controls=controls,
     )  # fmt: skip
     return Inbox(prefill, decode)

@@ -18,7 +18,7 @@ import numpy as np
 from rlrag.agents.workflow import Allowed, Force, Generate, Role, Sampling, Search, Together, drive
 from rlrag.mesh import make_mesh
 from rlrag.model.architecture import Architecture
-from rlrag.model.decoding import pack
+from rlrag.model.decoding import build_pack
 from rlrag.model.parameters import initialize
 from rlrag.model.transformer import trunk
 from rlrag.rollout.advance import Spec
@@ -100,15 +100,15 @@ def talk(example: Example, mode: str):
 
 def roll_out(
     num_examples: int, group_size: int, most_s: float = 0.0, params=None, max_episodes: int = 24,
-    a: Architecture = ARCHITECTURE, roles=MappingProxyType(ROLES), **changes,
+    a: Architecture = ARCHITECTURE, roles=MappingProxyType(ROLES), mesh=None, **changes,
 ) -> list[Group]:  # fmt: skip
     """The fast engine's groups."""
     spec = dataclasses.replace(SPEC, **changes)
-    mesh = make_mesh()
+    mesh = mesh or make_mesh()
     decoder = Decoder(a, spec, VOCABULARY, END, mesh)
     engine = Engine({"m": decoder}, decode, SlowSearcher(most_s), max_episodes=max_episodes, search_batch=3)
     play = Play(talk, roles, group_size=group_size)
-    weights = jax.jit(lambda p: pack(p, a))(parameters() if params is None else params)
+    weights = build_pack(a, mesh)(parameters() if params is None else params)
     examples = [Example(f"q{i}", "", ("",)) for i in range(num_examples)]
     groups = list(engine.run({"m": weights}, examples, play, jax.random.key(7)))
     assert all(pages.num_held == 0 for pages in decoder.pages), "pages leaked"

@@ -41,8 +41,9 @@ def test_the_cache_is_updated_in_place():
     assert large.temp_size_in_bytes == small.temp_size_in_bytes, "temporaries grow with the pool: it is copied"
 
 
-@pytest.mark.parametrize(("limits", "steps"), [([2, 1], 2), ([9, 1], 5), ([5, 5], 5)])
-def test_a_burst_ends_with_its_last_slot(limits, steps):
+@pytest.mark.parametrize(("limits", "steps"), [([2, 1], 2), ([9, 1], 3), ([9, 3], 5), ([5, 5], 5)])
+def test_a_burst_ends_with_its_last_slot_or_with_its_patience(limits, steps):
+    """Of eight slots: the two steps that one may stand still are over one step later."""
     decoder = decoder_with(limits)
     assert decoder.launch()
     finished = decoder.collect()

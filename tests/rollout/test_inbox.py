@@ -8,8 +8,7 @@ import pytest
 from rlrag.mesh import make_mesh
 from rlrag.model.decoding import pack
 from rlrag.model.transformer import trunk
-from rlrag.rollout import cache as kv
-from rlrag.rollout.advance import ENDED, LIMITED, STOPPED, Decode, Inbox, Prefill, Spec, build_advance
+from rlrag.rollout.advance import ENDED, LIMITED, STOPPED, Decode, Inbox, Prefill, Spec, build_advance, empty_cache
 from rlrag.rollout.sampling import Controls
 from tests.rollout.rehearsal import ARCHITECTURE, parameters
 
@@ -32,7 +31,7 @@ def program():
 
     def run(inbox: Inbox, stops=None, accepting=None):
         # A number that would be seen in every result stands wherever nothing was written.
-        empty = kv.empty(ARCHITECTURE, SPEC.num_pages, SPEC.page_size, SPEC.num_slots, SPEC.max_tokens)
+        empty = empty_cache(ARCHITECTURE, SPEC, mesh)
         cache = jax.tree.map(lambda store: jnp.full_like(store, UNWRITTEN), empty)
         table = np.zeros((4, 64), np.int16) if stops is None else stops
         ends = np.zeros(4, bool) if accepting is None else accepting
@@ -58,7 +57,7 @@ def write_inbox(limits=(5, 3, 0), temperature=0.0, allowed=(), once=False) -> In
     streams = np.arange(4, dtype=np.uint32)
     decode = Decode(
         token, position, limit, np.zeros((4, n), np.int32), stop_state, streams, np.full(4, once),
-        np.array([1, 2, 3, 0]), np.array([3]), None, controls,
+        np.array([1, 2, 3, 0]), np.array([3]), np.array([99]), None, controls,
     )  # fmt: skip
     for row, (prompt, pages) in enumerate(zip(PROMPTS, PAGES)):
         for j, start in enumerate(range(0, len(prompt) - 1, C)):
@@ -147,7 +146,7 @@ def test_samples_depend_on_stream_and_position_alone(program):
     inbox = write_inbox(limits=(5, 5, 5), temperature=1.5)
     _, out = program(inbox)
     moved = jax.tree.map(np.copy, inbox)
-    for field in jax.tree.leaves(moved.decode._replace(fresh=None, num_fresh=None)):
+    for field in jax.tree.leaves(moved.decode._replace(fresh=None, num_fresh=None, patience=None)):
         field[[0, 1]] = field[[1, 0]]
     moved.decode.fresh[:3] = 0, 2, 3
     moved.decode.limit[3] = 0
