@@ -58,9 +58,10 @@ class PacedCallback(TrainerCallback):
 
     def __init__(self, pace: Pace):
         self._pace = pace
+        self.tokens = 0  # sampled in this step
 
     def on_step_end(self, args, state, control, **_):
-        control.should_training_stop = not self._pace.step_ended()
+        control.should_training_stop = not self._pace.step_ended(self.tokens)
         return control
 
 
@@ -77,12 +78,15 @@ def train(model: Any, tokenizer: Any, workload: Workload, work: Path, pace: Pace
         generation_kwargs={"min_new_tokens": workload.new_tokens}, shuffle_dataset=False, disable_tqdm=True,
     )  # fmt: skip
 
-    def reward(completions: list[str], **_: Any) -> list[float]:
+    paced = PacedCallback(pace)
+
+    def reward(completions: list[str], completion_ids: list[list[int]], **_: Any) -> list[float]:
+        paced.tokens = sum(map(len, completion_ids))
         return [workloads.reward(text) for text in completions]
 
     GRPOTrainer(
         model=model, reward_funcs=reward, args=settings, train_dataset=Dataset.from_dict({"prompt": questions}),
-        processing_class=tokenizer, callbacks=[PacedCallback(pace)],
+        processing_class=tokenizer, callbacks=[paced],
     ).train()  # fmt: skip
 
 
@@ -108,7 +112,7 @@ def main() -> None:
     if workload.kind == "generate":
         serve(channel, generating(model, tokenizer, workload), given.warm_up, **about)
     else:
-        pace = Pace(channel, given.warm_up, workload.tokens, **about)
+        pace = Pace(channel, given.warm_up, **about)
         train(model, tokenizer, workload, given.work, pace, given.steps)
 
 

@@ -46,7 +46,7 @@ def reward(answer: str | None, example: Example) -> float:
 
 
 def experiment(workload: Workload, model: Path, work: Path) -> Experiment:
-    """The settings are ours to choose, as the peers' are theirs; chosen on two CPU cores.
+    """The settings of speed are ours to choose, as a user's: for these lengths, on two CPU cores.
 
     All episodes of a step begin in one round. A training row holds a prompt and some of its answers: packing shares
     all of a prompt but its last token, which every answer brings itself. Micro-batches of two thousand tokens stay in
@@ -105,8 +105,9 @@ class PacedWriter:
 
     def write(self, stage: str, step: int, global_step: int, values: dict[str, float]) -> None:
         self._writer.write(stage, step, global_step, values)
-        told = {"rollout_s": "rollout/seconds", "update_s": "update_s", "device_s": "rollout/device_s"}
-        if not self._pace.step_ended(**{name: values[key] for name, key in told.items() if key in values}):
+        told = {"update_s": "update_s", "device_s": "rollout/device_s"}
+        details = {name: values[key] for name, key in told.items() if key in values}
+        if not self._pace.step_ended(int(values["trained_tokens"]), **details):
             raise SystemExit(0)
 
     def close(self) -> None:
@@ -196,7 +197,7 @@ def main() -> None:
             return
         number = len(run.stages) - 1
         learner = Learner(run.stages[number], run.architecture, run.mesh, 0, {POLICY: params}, settings.seed)
-        run.writer = PacedWriter(run.writer, Pace(channel, given.warm_up, workload.tokens, **about))
+        run.writer = PacedWriter(run.writer, Pace(channel, given.warm_up, **about))
         play(run, learner, number)
     finally:
         run.close()

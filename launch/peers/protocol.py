@@ -48,21 +48,20 @@ class Pace:
     """Paces a training loop that is not ours to drive: it calls `step_ended` after every step, which comes back when
     the next step is asked for."""
 
-    def __init__(self, channel: Channel, warm_up: int, tokens: int, **about: Any):
-        """warm_up: steps that nobody times, compilations among them. tokens: new ones of a step. about: told when
-        ready."""
-        self._channel, self._warm_up, self._tokens, self._about = channel, warm_up, tokens, about
+    def __init__(self, channel: Channel, warm_up: int, **about: Any):
+        """warm_up: steps that nobody times, compilations among them. about: told when ready."""
+        self._channel, self._warm_up, self._about = channel, warm_up, about
         self._ended = 0
         self._begin = time.perf_counter()
 
-    def step_ended(self, **details: Any) -> bool:
-        """Whether there is another step to do. details: told beside the seconds."""
+    def step_ended(self, tokens: int, **details: Any) -> bool:
+        """Whether there is another step to do. tokens: that this one sampled. details: told beside the seconds."""
         seconds = time.perf_counter() - self._begin
         self._ended += 1
         if self._ended == self._warm_up:
             self._channel.tell(ready=True, **self._about)
         elif self._ended > self._warm_up:
-            self._channel.tell(seconds=seconds, tokens=self._tokens, **details)
+            self._channel.tell(seconds=seconds, tokens=tokens, **details)
         more = self._ended < self._warm_up or self._channel.wait() is not None
         self._begin = time.perf_counter()
         return more

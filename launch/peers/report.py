@@ -28,13 +28,12 @@ others wait; ratios are taken within rounds. Before anything is timed the logits
   per-token log-prob, entropy, certainty and margin, weights packed anew for every rollout. A GRPO step is a round of
   the training loop, from one row of metrics.jsonl to the next: rollout, reward, packing, prepare, accumulate, apply,
   all metrics to JSONL and TensorBoard, sixteen episodes logged, alarms watched. Lengths are forced by an end token
-  that is no token. Its settings are below; they were tuned for these sizes, as its user could.
+  that is no token. Its settings of speed are below; they were chosen for these sizes, as a user can.
 - **Tunix**: decoding by its Sampler with the end and padding tokens forbidden. Its GRPO cannot forbid a token: there
   too an end token that is no token forces the lengths, and the loss masks what follows a sampled end token (one token
   in 4096). Vanilla rollout, one micro-batch, no metrics written.
 - **transformers, TRL**: `generate` with the dynamic cache and `min_new_tokens`, which forbids the end token;
-  GRPOTrainer with the same, `beta=0`, one batch, nothing reported. Torch's float32 products run at about half of XLA's
-  speed on this kind of CPU.
+  GRPOTrainer with the same, `beta=0`, one batch, nothing reported.
 - GRPO everywhere: 8 prompts x 8 samples, one optimizer step a rollout, AdamW 1e-5, gradients clipped to norm 1, no
   reference model, reward `len(set(text)) % 7`.
 """

@@ -70,8 +70,8 @@ def test_a_training_loop_is_paced_step_by_step():
         def wait(self):
             return requests.pop(0)
 
-    pace = Pace(Wire(), 2, 16, settings={})  # type: ignore[arg-type]
-    assert [pace.step_ended(update_s=number) for number in range(4)] == [True, True, True, False]
+    pace = Pace(Wire(), 2, settings={})  # type: ignore[arg-type]
+    assert [pace.step_ended(16, update_s=number) for number in range(4)] == [True, True, True, False]
     assert told[0] == {"ready": True, "settings": {}}
     assert [(each["tokens"], each["update_s"]) for each in told[1:]] == [(16, 2), (16, 3)]
 
