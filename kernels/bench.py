@@ -6,6 +6,7 @@ Implementations of one row are timed in turn within one loop, so that a slow min
 
 import argparse
 import datetime
+import functools
 import os
 import statistics
 import sys
@@ -21,6 +22,7 @@ from kernels.advantage import api as advantage_api
 from kernels.arg_specs import HeadSpec, RecurrenceSpec
 from kernels.log_prob import api as log_prob_api
 from kernels.uncertainty import api as uncertainty_api
+from kernels.uncertainty.filters import Filters
 
 
 class Case(NamedTuple):
@@ -103,33 +105,34 @@ def log_prob_cases(spec: HeadSpec, dtype: Any, num_wanted: int, platform: str) -
     yield Case("log_prob fwd+bwd", shape, {name: total(name) for name in names}, arguments, 4 * product, 0)
 
 
-def uncertainty_case(spec: HeadSpec, num_kept: int, platform: str) -> Case:
-    """One decode step's report; its least work is one read of the logits."""
+def uncertainty_case(spec: HeadSpec, filtered: bool, platform: str) -> Case:
+    """One decode step's draw and report, top-k 20 and top-p 0.95 where filtered; its least work is one read."""
     slots, vocabulary = spec.slots, spec.vocabulary
     logits = jax.random.normal(jax.random.key(0), (slots, vocabulary)) * 3
-    sampled, temperature = jnp.zeros(slots, jnp.int32), jnp.full(slots, 0.7)
-    kept = jnp.broadcast_to(jnp.arange(num_kept, dtype=jnp.int32), (slots, num_kept))
+    uniform, temperature = jax.random.uniform(jax.random.key(1), (slots,)), jnp.full(slots, 0.7)
+    allowed = jnp.full((slots, 32 if filtered else 0), -1)
+    filters = Filters(jnp.full(slots, 20 * filtered), jnp.full(slots, 0.95 if filtered else 1.0), allowed)
 
-    def report(name: str, masked: bool) -> Callable:
-        return lambda *arguments: uncertainty_api.uncertainty(*arguments, masked=masked, implementation=name)
+    def draw(name: str) -> Callable:
+        return lambda *arguments: uncertainty_api.sample(*arguments, masked=False, implementation=name)
 
-    names = list(_runs_here(uncertainty_api.IMPLEMENTATIONS, platform))
-    functions = {name: report(name, True) for name in names}
-    functions["blocked, masked=False"] = report("blocked", False)
-    shape = f"{spec.name}: B={slots} V={vocabulary} K={num_kept}"
-    return Case("uncertainty", shape, functions, (logits, sampled, temperature, kept), 0, 4.0 * logits.size)
+    functions = {name: draw(name) for name in _runs_here(uncertainty_api.IMPLEMENTATIONS, platform)}
+    shape = f"{spec.name}: B={slots} V={vocabulary}{' top-k 20, top-p 0.95' if filtered else ''}"
+    return Case("uncertainty", shape, functions, (logits, uniform, temperature, filters), 0, 4.0 * logits.size)
 
 
 def advantage_case(spec: RecurrenceSpec, platform: str) -> Case:
-    """The recurrence; its least work is reading b and c and writing y."""
-    b = jax.random.normal(jax.random.key(0), (spec.rows, spec.tokens))
-    c = jnp.full_like(b, 0.99)
+    """GAE; its least work is reading rewards, values, actions and segments and writing advantages and targets."""
+    rewards, values = jax.random.normal(jax.random.key(0), (2, spec.rows, spec.tokens))
+    act = jnp.ones(rewards.shape, jnp.int32)
+    segment = jnp.broadcast_to(1 + jnp.arange(spec.tokens) // 512, rewards.shape)
 
-    def recurrence(name: str) -> Callable:
-        return lambda b, c: advantage_api.linear_recurrence(b, c, implementation=name)
+    def gae(name: str) -> Callable:
+        return functools.partial(advantage_api.gae, gamma=0.99, lam=0.95, implementation=name)
 
-    functions = {name: recurrence(name) for name in _runs_here(advantage_api.IMPLEMENTATIONS, platform)}
-    return Case("advantage", f"{spec.name}: B={spec.rows} T={spec.tokens}", functions, (b, c), 0, 12.0 * b.size)
+    functions = {name: gae(name) for name in _runs_here(advantage_api.IMPLEMENTATIONS, platform)}
+    arguments = (rewards, values, act, segment)
+    return Case("advantage", f"{spec.name}: B={spec.rows} T={spec.tokens}", functions, arguments, 0, 24.0 * act.size)
 
 
 def cases(size: str, platform: str) -> Iterator[Case]:
@@ -146,7 +149,8 @@ def cases(size: str, platform: str) -> Iterator[Case]:
         if index == 0 and size != "quick":
             yield from log_prob_cases(spec, jnp.float32, 32, platform)
             yield from log_prob_cases(spec, jnp.bfloat16, 1, platform)
-        yield uncertainty_case(spec, 32, platform)
+        for filtered in (False, True):
+            yield uncertainty_case(spec, filtered, platform)
     for spec in recurrences:
         yield advantage_case(spec, platform)
 

@@ -138,6 +138,13 @@ def rows_sharding(mesh: Mesh) -> NamedSharding:
     return sharding(mesh, (None, "rows"))
 
 
+def axes_of(axis: str) -> tuple[str, ...]:
+    """The axes of the current mesh that a logical axis lies over; () without one, or inside a shard_map over them."""
+    mesh = jax.sharding.get_abstract_mesh()
+    free = {name for name, kind in zip(mesh.axis_names, mesh.axis_types) if kind == AxisType.Auto}
+    return tuple(name for name in RULES[axis] if name in free and mesh.shape[name] > 1)
+
+
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """State how a value inside a jitted function lies on the mesh; without a mesh it does nothing."""
     mesh = jax.sharding.get_abstract_mesh()

@@ -6,9 +6,9 @@ itself, so that the column before a trained token always belongs to its own segm
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -129,21 +129,7 @@ class _Rows:
         num_rows = shape.rows * shape.max_micro
         self.length = np.zeros(num_rows, np.int32)  # columns used
         self.count = np.ones(num_rows, np.int32)  # segments used; 0 is padding
-        self.open = 0  # rows in use
-
         self.batch = empty_rows(shape)
-
-    def first_fit(self, tokens: int, segments: int) -> int:
-        """The first row with that much room."""
-        fits = (self.length[: self.open] + tokens <= self.shape.tokens) & (
-            self.count[: self.open] + segments <= self.shape.max_segments
-        )
-        if fits.any():
-            return int(np.argmax(fits))
-        if self.open == len(self.length):
-            raise RowsExhausted(self.shape)
-        self.open += 1
-        return self.open - 1
 
     def segment(self, row: int, parent: int = 0) -> int:
         number = int(self.count[row])
@@ -218,15 +204,15 @@ def pack(
                 )
             episode += 1
         families += share(items)
-    rows = _Rows(shape)
+    rows, pieces = _Rows(shape), arrange(families, shape)
     places: list[Place] = []
-    # Long families first: first fit then fills the gaps with short ones.
-    for family in sorted(families, key=lambda f: -max(item.stream.num_tokens for item in f.items)):
-        place(family, rows, roles, places)
-    num_micro = max(1, -(-rows.open // shape.rows))
+    for piece in pieces:
+        write(piece, rows, roles, places)
+    num_rows = 1 + max((piece.row for piece in pieces), default=-1)
+    num_micro = max(1, -(-num_rows // shape.rows))
     used = int(rows.length.sum())
     batch = by_micro_batch(rows.batch, shape)
-    fill = used / max(1, rows.open * shape.tokens)
+    fill = used / max(1, num_rows * shape.tokens)
     return Packed(batch, num_micro, places, fill, len(groups), episode - first[1], left_out)
 
 
@@ -268,32 +254,95 @@ def share(items: Sequence[Item]) -> list[Family]:
     return families
 
 
-def place(family: Family, rows: _Rows, roles: Mapping[str, int], places: list[Place]) -> None:
-    """Put a family into rows: as many children beside their prefix as fit, then the prefix again in another row."""
-    limit, remaining = rows.shape.tokens, list(family.items)
-    longest = max(item.stream.num_tokens for item in remaining)
-    if longest > limit:
-        raise ValueError(f"a stream has {longest} tokens, a training row {limit}: raise update.row_tokens")
-    while remaining:
-        shared = family.shared if len(remaining) > 1 else 0
-        lengths = [item.stream.num_tokens - shared for item in remaining]
-        fitting = np.cumsum(lengths) + shared <= limit
-        count = min(int(fitting.sum()), rows.shape.max_segments - 2)
-        if shared == 0 or count < 2:
-            count, shared = 1, 0
-            lengths[0] = remaining[0].stream.num_tokens
-        row = rows.first_fit(sum(lengths[:count]) + shared, count + (shared > 0))
-        parent = 0
-        if shared:
-            parent = rows.segment(row)
-            rows.write(row, parent, remaining[0], 0, shared, roles)
-            fill_segment(rows.batch.segments, row, parent, remaining[0], paid=False)
-        for item in remaining[:count]:
-            segment = rows.segment(row, parent)
-            column = rows.write(row, segment, item, shared, item.stream.num_tokens, roles)
-            fill_segment(rows.batch.segments, row, segment, item, paid=True)
-            places.append(Place(item.episode, item.call, row, column, shared, item.stream.num_tokens - shared))
-        remaining = remaining[count:]
+class Piece(NamedTuple):
+    """Streams of one family that lie in one row; shared: tokens of the prefix before them, once (0: none)."""
+
+    row: int
+    items: list[Item]
+    shared: int
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Columns and segments."""
+        columns = sum(item.stream.num_tokens - self.shared for item in self.items) + self.shared
+        return columns, len(self.items) + (self.shared > 0)
+
+
+def arrange(families: Sequence[Family], shape: Shape) -> list[Piece]:
+    """Which row each stream goes into: of a few ways to cut families the one with the fewest rows, then the fewest
+    columns. Cutting a family into a gap fills rows and repeats its prefix: what pays depends on the lengths."""
+    longest = max((item.stream.num_tokens for family in families for item in family.items), default=0)
+    if longest > shape.tokens:
+        raise ValueError(f"a stream has {longest} tokens, a training row {shape.tokens}: raise update.row_tokens")
+    whole = sorted(
+        (replace(f, items=sorted(f.items, key=lambda item: -item.stream.num_tokens)) for f in families),
+        key=lambda f: -sum(item.stream.num_tokens - f.shared for item in f.items) - f.shared,
+    )
+    ways = [arranged(whole, shape, least) for least in (shape.max_segments, 4, 2, 1)]
+
+    def cost(pieces: list[Piece]) -> tuple[int, int]:
+        return 1 + max((piece.row for piece in pieces), default=-1), sum(piece.size[0] for piece in pieces)
+
+    best = min(ways, key=cost)
+    if cost(best)[0] > shape.rows * shape.max_micro:
+        raise RowsExhausted(shape)
+    return best
+
+
+def arranged(families: Sequence[Family], shape: Shape, least: int) -> list[Piece]:
+    """Best fit decreasing: a family goes where the least room stays. Where it fits nowhere as a whole, `least` of its
+    streams or more go where most of them fit, and else as many as fit into a new row."""
+    smallest = min((item.stream.num_tokens for family in families for item in family.items), default=0)
+    room: dict[int, tuple[int, int]] = {}  # of each row that holds something more: columns, segments
+    pieces: list[Piece] = []
+    num_rows = 0
+    for family in families:
+        remaining = family.items
+        while remaining:
+            shortest = remaining[-1].stream.num_tokens
+            able = [chosen(remaining, family.shared, row, *each) for row, each in room.items() if each[0] >= shortest]
+            most = max((len(piece.items) for piece in able), default=0)
+            if most < min(least, len(remaining)):
+                room[num_rows] = shape.tokens, shape.max_segments - 1
+                able = [chosen(remaining, family.shared, num_rows, *room[num_rows])]
+                num_rows, most = num_rows + 1, len(able[0].items)
+            able = [piece for piece in able if len(piece.items) == most]
+            piece = min(able, key=lambda piece: (room[piece.row][0] - piece.size[0], piece.row))
+            columns, segments = (had - took for had, took in zip(room.pop(piece.row), piece.size))
+            if columns >= smallest and segments:
+                room[piece.row] = columns, segments
+            pieces.append(piece)
+            taken = {id(item) for item in piece.items}
+            remaining = [item for item in remaining if id(item) not in taken]
+    return pieces
+
+
+def chosen(items: list[Item], shared: int, row: int, columns: int, segments: int) -> Piece:
+    """As many streams, the longest first, as that much room holds: behind their prefix if there are two, else one."""
+    alone = next((item for item in items if item.stream.num_tokens <= columns), None)
+    if alone is None:
+        return Piece(row, [], 0)
+    found, left = [], columns - shared
+    for item in items if shared else ():
+        if item.stream.num_tokens - shared <= left and len(found) < segments - 1:
+            found.append(item)
+            left -= item.stream.num_tokens - shared
+    return Piece(row, found, shared) if len(found) > 1 else Piece(row, [alone], 0)
+
+
+def write(piece: Piece, rows: _Rows, roles: Mapping[str, int], places: list[Place]) -> None:
+    """The tokens of a piece into its row."""
+    row, items, shared = piece
+    parent = 0
+    if shared:
+        parent = rows.segment(row)
+        rows.write(row, parent, items[0], 0, shared, roles)
+        fill_segment(rows.batch.segments, row, parent, items[0], paid=False)
+    for item in items:
+        segment = rows.segment(row, parent)
+        column = rows.write(row, segment, item, shared, item.stream.num_tokens, roles)
+        fill_segment(rows.batch.segments, row, segment, item, paid=True)
+        places.append(Place(item.episode, item.call, row, column, shared, item.stream.num_tokens - shared))
 
 
 def fill_segment(s: Segments, row: int, segment: int, item: Item, paid: bool) -> None:

@@ -30,7 +30,7 @@ from tests.rollout import rehearsal
 # data, model, replica, of eight devices (tests/pod.py has fewer). In 2x4 there are fewer kv heads than parts.
 MESHES = {"8x1": (8, 1, 1), "4x2": (4, 2, 1), "2x4": (2, 4, 1), "2x2x2": (2, 2, 2)}
 LISTED = ["8x1", "4x2"]  # whose collectives are written out below
-GROUPS = make_groups(8, 7, 4)
+GROUPS = make_groups(8, 8, 4)
 ROWS, TOKENS = 8, 96
 OPERATIONS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
 
@@ -96,7 +96,7 @@ def learn(mesh: jax.sharding.Mesh) -> tuple[dict[str, dict], list[np.ndarray]]:
     update = learner.build_update(objective, mesh, rate=1e-4)
     update.accumulate, update.apply = accumulate, apply = Watched(update.accumulate), Watched(update.apply)
     prepare = Watched(
-        build_prepare({"m": learner.ARCHITECTURE}, {"m": objective}, {"m": "m"}, group_relative(), 7, 28, mesh)
+        build_prepare({"m": learner.ARCHITECTURE}, {"m": objective}, {"m": "m"}, group_relative(), 8, 32, mesh)
     )
     state = update.initialize(learner.parameters())
     reference = update.initialize(learner.parameters(1)).params
@@ -177,6 +177,8 @@ GRADIENTS = {
 DECODED = {"8x1": "", "4x2": "all-reduce f32[2,32] f32[12,32] s32[] all-gather f32[2,64]"}
 # The table of segments, from which credit is summed; counts of each micro-batch; whether any token is forced.
 CREDIT = "all-gather s32[3,8,4] f32[3,8,4] all-reduce f32[3] pred[]"
+# How many columns are trained: what the head is multiplied for.
+TRAINED = "all-reduce s32[]"
 
 
 def entries(words: str) -> set[str]:
@@ -195,8 +197,8 @@ def entries(words: str) -> set[str]:
 def test_collectives(reports, mesh, program):
     allowed = {
         "advance": DECODED[mesh],
-        "prepare": f"{GATHERED[mesh]} {PARTIAL[mesh]} {CREDIT}",
-        "accumulate": f"{GATHERED[mesh]} {PARTIAL[mesh]} {GRADIENTS[mesh]}",
+        "prepare": f"{GATHERED[mesh]} {PARTIAL[mesh]} {CREDIT} {TRAINED}",
+        "accumulate": f"{GATHERED[mesh]} {PARTIAL[mesh]} {GRADIENTS[mesh]} {TRAINED}",
         "apply": "all-reduce f32[] pred[]",
     }
     found = reports[mesh]["programs"][program]["collectives"]

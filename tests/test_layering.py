@@ -127,10 +127,11 @@ RULES = {
     "launch.peers.ours": Rule("launch.peers kernels rlrag", "jax numpy"),
     "launch.peers.tunix": Rule("launch.peers", "tunix jax numpy flax optax transformers"),
     "launch.peers.hugging_face": Rule("launch.peers", "torch transformers trl datasets"),
+    "launch.update_bench": Rule("launch kernels rlrag", "absl jax flax optax numpy"),
 }
 
 # Modules that run wherever jax, flax, optax, numpy and absl do, counting all that importing them imports of ours.
-CORE = ("kernels", "rlrag.model", "rlrag.rollout", "rlrag.objectives", "launch.bench")
+CORE = ("kernels", "rlrag.model", "rlrag.rollout", "rlrag.objectives", "launch.bench", "launch.update_bench")
 NOT_CORE = ("rlrag.model.hf", "rlrag.model.hf_export", "rlrag.model.peft")
 CORE_OTHERS = "jax flax optax numpy absl"
 
@@ -142,7 +143,9 @@ VAGUE = {"util", "utils", "common", "helper", "helpers", "misc", "manager", "man
 MOST_LINES = 450
 
 # Kernels whose implementations are tested side by side: kernels/NAME/*.py by tests/kernels/test_NAME.py.
-TESTED_TOGETHER = ("kernels/advantage", "kernels/decode_attention", "kernels/log_prob", "kernels/uncertainty")
+TESTED_TOGETHER = tuple(
+    f"kernels/{name}" for name in ("advantage", "decode_attention", "log_prob", "packed_attention", "uncertainty")
+)
 PEERS = ("workloads", "protocol", "report", "ours", "tunix", "hugging_face")
 # Modules whose cases stand in the test file of the room they serve, which imports them or is their only way in.
 TESTED_WITH = {

@@ -146,7 +146,7 @@ def alone(length: int, prompt: int) -> Group:
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(2, 50), min_size=1, max_size=40))
-def test_first_fit_leaves_at_most_one_row_half_empty(lengths):
+def test_at_most_one_row_is_left_half_empty(lengths):
     packed = pack_groups(
         [alone(length, i % VOCAB_SIZE) for i, length in enumerate(lengths)], tokens=50, max_segments=99
     )
@@ -174,6 +174,52 @@ def test_the_prompt_of_a_group_is_stored_once_a_row(max_segments):
     sizes = {0: [44] * 6, 1: [44] * 6, 2: [49] * 3, 5: [64, 44]}[children]
     used = (flat(packed.batch.segment) > 0).sum(-1)
     assert sorted(used[used > 0].tolist()) == sorted(sizes)
+
+
+def searched(seed: int, questions: int, group_size: int, prompt, turns, answer, document) -> list[Group]:
+    """Groups with lengths between bounds: a prompt, answers in turns, documents between them."""
+    dice = np.random.default_rng(seed)
+
+    def between(bounds) -> int:
+        return int(dice.integers(bounds[0], bounds[1] + 1))
+
+    groups = []
+    for question in range(questions):
+        example, tokens = Example(f"q{question}", "", ("",)), dice.integers(VOCAB_SIZE, size=between(prompt))
+        trajectories = []
+        for sample in range(group_size):
+            stream = Stream("main", "talker")
+            stream.add(observed("talker", tokens))
+            for turn in range(between(turns)):
+                if turn:
+                    stream.add(observed("talker", [0] * between(document)))
+                stream.add(forced(dice, "talker", between(answer)))
+            trajectories.append(Trajectory(example, sample, [stream]))
+        groups.append(Group(example, trajectories))
+    return groups
+
+
+@pytest.mark.parametrize(
+    ("lengths", "tokens", "most_rows"),
+    [
+        # Search-R1: prompt 512, eight answers of 128 in two turns, a document of 128 between them. Two groups' halves
+        # share a row of 4,096 (first fit left every group a row of its own: 32 rows, 63 % full).
+        ((32, 8, (512, 512), (2, 2), (64, 64), (128, 128)), 4096, 24),
+        ((8, 8, (512, 512), (2, 2), (64, 64), (128, 128)), 2568, 8),
+        ((32, 8, (300, 700), (1, 4), (20, 120), (100, 200)), 2048, 77),  # 88 by first fit
+        ((16, 8, (12, 20), (1, 3), (3, 9), (8, 14)), 96, 46),  # as the demo
+        ((8, 8, (64, 64), (1, 1), (128, 128), (0, 0)), 1096, 8),
+    ],
+)
+def test_rows_are_filled(lengths, tokens, most_rows):
+    packed = pack_groups(searched(0 if tokens > 96 else 2, *lengths), tokens=tokens, max_segments=16, max_micro=64)
+    assert packed.fill >= 0.9
+    assert (flat(packed.batch.segment) > 0).any(-1).sum() <= most_rows
+
+
+def test_packing_is_the_same_every_time():
+    first, second = (pack_groups(make_groups(5, 6, 5)) for _ in range(2))
+    assert first.places == second.places
 
 
 def test_rows_run_out_and_a_larger_batch_takes_them():

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from kernels import dispatch
 from kernels import token_stats as monoid
 from kernels.dispatch import Implementation
-from kernels.log_prob import chunked, reference
+from kernels.log_prob import chunked, leading, reference
 from kernels.token_stats import TokenStats
 
 Array = jax.Array
@@ -52,6 +52,7 @@ def token_stats(
     implementation: str | None = None,
     chunk_tokens: int | None = None,
     num_devices: int = 1,
+    count: Array | None = None,
 ) -> TokenStats:
     """lse, entropy, certainty [...] and logits [..., K] of softmax(hidden @ head^T / temperature); nats, float32.
 
@@ -68,6 +69,8 @@ def token_stats(
       chunk_tokens: most tokens (B * T) whose logits are held at once; None derives it from a memory budget a device.
       num_devices: over which B and V are sharded. Each has a budget of its own: chunks are as many times larger, and
         the gradient of a head that lies over several of them is summed as many times less often.
+      count: [] int32; columns of T from here on are not wanted: nothing is computed for them (but up to the end of a
+        chunk), their statistics are 0 or meaningless, and cotangents given to them must be 0. None: all are wanted.
 
     Raises:
       ValueError: shapes that do not fit, or an implementation that does not exist or cannot run here.
@@ -91,7 +94,7 @@ def token_stats(
     if chunk_tokens is None:
         chunk_tokens = max(CHUNK_TOKENS_LEAST, num_devices * _chunk_bytes() // (4 * head.shape[0]))
     chunk = chunked.chunk_length(tokens, chunk_tokens // max(1, rows))
-    stats = _token_stats(_Plan(choice, chunk), hidden, head, ids, scale)
+    stats = _token_stats(_Plan(choice, chunk), hidden, head, ids, scale, count)
     return jax.tree.map(lambda each: each.reshape(*shape, *each.shape[2:]), stats)
 
 
@@ -139,25 +142,35 @@ def _chunk_bytes() -> int:
     return CHUNK_BYTES.get(jax.default_backend(), CHUNK_BYTES_DEFAULT)
 
 
-def _statistics(plan: _Plan, hidden: Array, head: Array, ids: Array, scale: Array | None) -> TokenStats:
+def _statistics(
+    plan: _Plan, hidden: Array, head: Array, ids: Array, scale: Array | None, count: Array | None
+) -> TokenStats:
     def forward(module: ModuleType) -> Callable[..., TokenStats]:
+        if count is not None:
+            return functools.partial(leading.forward, module.forward, count, plan.chunk)
         return functools.partial(module.forward, chunk=plan.chunk)
 
     return dispatch.call(IMPLEMENTATIONS, plan.choice, forward, hidden, head, ids, scale)
 
 
-def _forward(plan: _Plan, hidden: Array, head: Array, ids: Array, scale: Array | None) -> tuple[TokenStats, tuple]:
-    stats = _statistics(plan, hidden, head, ids, scale)
-    return stats, (hidden, head, ids, scale, stats.lse, stats.entropy)
+def _forward(
+    plan: _Plan, hidden: Array, head: Array, ids: Array, scale: Array | None, count: Array | None
+) -> tuple[TokenStats, tuple]:
+    stats = _statistics(plan, hidden, head, ids, scale, count)
+    return stats, (hidden, head, ids, scale, stats.lse, stats.entropy, count)
 
 
-def _backward(plan: _Plan, residuals: tuple, cotangent: TokenStats) -> tuple[Array, Array, None, None]:
+def _backward(plan: _Plan, residuals: tuple, cotangent: TokenStats) -> tuple[Array, Array, None, None, None]:
+    *inputs, count = residuals
+    hidden, head, *_ = inputs
+
     def backward(module: ModuleType) -> Callable[..., tuple[Array, Array]]:
+        if count is not None:
+            return functools.partial(leading.backward, module.backward, count, plan.chunk)
         return functools.partial(module.backward, chunk=plan.chunk)
 
-    hidden, head, *_ = residuals
-    grad_hidden, grad_head = dispatch.call(IMPLEMENTATIONS, plan.choice, backward, *residuals, cotangent)
-    return grad_hidden.astype(hidden.dtype), grad_head.astype(head.dtype), None, None
+    grad_hidden, grad_head = dispatch.call(IMPLEMENTATIONS, plan.choice, backward, *inputs, cotangent)
+    return grad_hidden.astype(hidden.dtype), grad_head.astype(head.dtype), None, None, None
 
 
 _token_stats = jax.custom_vjp(_statistics, nondiff_argnums=(0,))

@@ -25,10 +25,10 @@ def forward(hidden: Array, head: Array, ids: Array, scale: Array | None, chunk: 
     tokens = hidden.shape[1]
     if chunk is None or chunk >= tokens:
         return reference.forward(hidden, head, ids, scale)
-    hidden, ids, scale = _pad((hidden, ids, scale), tokens, chunk)
+    hidden, ids, scale = padded((hidden, ids, scale), tokens, chunk)
 
     def step(_: None, start: Array) -> tuple[None, TokenStats]:
-        hidden_chunk, ids_chunk, scale_chunk = _slice((hidden, ids, scale), start, chunk)
+        hidden_chunk, ids_chunk, scale_chunk = sliced((hidden, ids, scale), start, chunk)
         return None, reference.forward(hidden_chunk, head, ids_chunk, scale_chunk)
 
     _, stats = lax.scan(step, None, _starts(hidden, chunk))
@@ -50,11 +50,11 @@ def backward(
     if chunk is None or chunk >= tokens:
         return reference.backward(hidden, head, ids, scale, lse, entropy, cotangent)
     # Padding has zero cotangents, so that it adds exactly 0 to the gradient of the head.
-    hidden_padded, *others = _pad((hidden, ids, scale, lse, entropy, cotangent), tokens, chunk)
+    hidden_padded, *others = padded((hidden, ids, scale, lse, entropy, cotangent), tokens, chunk)
 
     def step(carry: tuple[Array, Array], start: Array) -> tuple[tuple[Array, Array], None]:
         grad_hidden, grad_head = carry
-        hidden_chunk, *others_chunk = _slice((hidden_padded, *others), start, chunk)
+        hidden_chunk, *others_chunk = sliced((hidden_padded, *others), start, chunk)
         grad_hidden_chunk, grad_head_chunk = reference.backward(hidden_chunk, head, *others_chunk)
         # Written in place into the carry: stacked outputs would cost a second copy of [B, T, D] to transpose.
         grad_hidden_chunk = grad_hidden_chunk.astype(grad_hidden.dtype)
@@ -76,14 +76,14 @@ def _starts(hidden: Array, chunk: int) -> Array:
     return jnp.arange(0, hidden.shape[1], chunk)
 
 
-def _pad(arrays: tuple, tokens: int, chunk: int) -> tuple:
+def padded(arrays: tuple, tokens: int, chunk: int) -> tuple:
     padding = -tokens % chunk
     if padding == 0:
         return arrays
     return jax.tree.map(lambda each: jnp.pad(each, [(0, 0), (0, padding)] + [(0, 0)] * (each.ndim - 2)), arrays)
 
 
-def _slice(arrays: tuple, start: Array, chunk: int) -> tuple:
+def sliced(arrays: tuple, start: Array, chunk: int) -> tuple:
     return jax.tree.map(lambda each: lax.dynamic_slice_in_dim(each, start, chunk, axis=1), arrays)
 
 

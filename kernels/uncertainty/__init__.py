@@ -1,5 +1,6 @@
-"""Decode logits -> log-prob of the sampled token, entropy, self-certainty and top-2 margin, in one read."""
+"""Decode logits -> sampled token, its log-prob, entropy, self-certainty and top-2 margin, in one read."""
 
-from kernels.uncertainty.api import Uncertainty, uncertainty
+from kernels.uncertainty.api import Sampled, sample
+from kernels.uncertainty.filters import Filters
 
-__all__ = ["Uncertainty", "uncertainty"]
+__all__ = ["Filters", "Sampled", "sample"]

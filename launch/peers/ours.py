@@ -68,8 +68,8 @@ def experiment(workload: Workload, model: Path, work: Path) -> Experiment:
         agent=Agent(max_tokens=P + N, max_tokens_per_turn=N),
         reward=Reward(function="launch.peers.ours:reward"),
         rollout=Rollout(
-            num_slots=workload.samples, max_episodes=workload.samples, page_size=16, burst=64, prefill_rows=8,
-            prefill_chunk=64, prefill_chunks=16,
+            num_slots=workload.samples, max_episodes=workload.samples, page_size=16, burst=64, prefill_rows=32,
+            prefill_chunk=16, prefill_chunks=32,
         ),
         main=Stage(
             questions=workload.prompts, group_size=G,

@@ -1,13 +1,16 @@
-"""Attention: rotary positions, the one mask rule, and the dense attention of training rows."""
+"""Attention: rotary positions, the one mask rule, and dense attention under a mask (the rollout's)."""
 
 import math
 
 import jax
 import jax.numpy as jnp
 
+from kernels.packed_attention.reference import MASKED as MASKED
+from kernels.packed_attention.reference import mix_values
+from kernels.packed_attention.visibility import Visibility
 from rlrag.model.architecture import Architecture
 
-MASKED = -1e30  # finite: a row that may see nothing (padding) gives a mean, never NaN
+FAR = 2**30  # a window over all
 
 
 def frequencies(a: Architecture, local: bool = False) -> jax.Array:
@@ -60,16 +63,29 @@ def ancestors(parent: jax.Array) -> jax.Array:
     return table
 
 
-def visibility(segment: jax.Array, parent: jax.Array) -> jax.Array:
-    """The one mask rule: token i sees token j iff j <= i and j's segment is i's or an ancestor of it.
+def visibility(a: Architecture, segment: jax.Array, parent: jax.Array, positions: jax.Array) -> dict[bool, Visibility]:
+    """What local layers (True: the last `window` tokens alone) and global ones (False) see, of those that there are.
 
-    segment [B, T], parent [B, S] -> [B, T, T] bool.
+    The one mask rule: token i sees token j iff j <= i and j's segment is i's or an ancestor of it. Windows are counted
+    by positions, those of a conversation, not by columns of a row. segment, positions [B, T], parent [B, S].
     """
-    num_tokens = segment.shape[1]
-    onehot = jax.nn.one_hot(segment, parent.shape[1], dtype=jnp.float32)  # [B, T, S]
-    related = jnp.einsum("bis,bst,bjt->bij", onehot, ancestors(parent).astype(jnp.float32), onehot) > 0
-    causal = jnp.tril(jnp.ones((num_tokens, num_tokens), bool))
-    return related & causal
+    first, last = intervals(parent)
+    first, last = (jnp.take_along_axis(each, segment, axis=1) for each in (first, last))
+    window = {local: jnp.int32(a.window if local else FAR) if any(a.local) else None for local in set(a.local)}
+    return {local: Visibility(first, last, positions, window[local]) for local in window}
+
+
+def intervals(parent: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Segments numbered depth first: [B, S] parent of each (0: none) -> the number of each, and one more than that of
+    its last descendant, int32. A segment is another's ancestor, or it, iff its interval holds the other's number."""
+    below = ancestors(parent)  # [B, s, t]: t is s or above it
+    size = jnp.sum(below, 1, dtype=jnp.int32)  # [B, S] descendants, itself included
+    index = jnp.arange(parent.shape[-1])
+    older = (parent[:, :, None] == parent[:, None, :]) & (index > index[:, None])  # [B, u, t]: u a sibling before t
+    # One more than what stands before it among its siblings; segment 0, padding, is a sibling of those without parents.
+    step = 1 + jnp.einsum("but,bu->bt", older.astype(jnp.int32), size)
+    first = jnp.einsum("bst,bt->bs", below.astype(jnp.int32), step)
+    return first, first + size
 
 
 def views(a: Architecture, visible: jax.Array, queries: jax.Array, keys: jax.Array) -> dict[bool, jax.Array]:
@@ -93,39 +109,3 @@ def attend(
     q = (query * (scale or H**-0.5)).reshape(B, C, K, N // K, H).transpose(2, 0, 3, 1, 4).reshape(K, B, N // K * C, H)
     out = mix_values(q, key, value, visible)
     return out.reshape(K, B, N // K, C, H).transpose(1, 3, 0, 2, 4).reshape(B, C, N, H)
-
-
-@jax.custom_vjp
-def mix_values(query: jax.Array, key: jax.Array, value: jax.Array, visible: jax.Array) -> jax.Array:
-    """softmax(query key^T) value; query [K, B, G*C, H] (scaled), key and value [K, B, S, H], visible [B, C, S].
-
-    The gradient is written out because XLA:CPU fuses the softmax's own gradient into each of the products and computes
-    it again in every one (docs/LOG.md).
-    """
-    return mix_values_forward(query, key, value, visible)[0]
-
-
-def mix_values_forward(query, key, value, visible):
-    K, B, rows, _ = query.shape
-    C, S = visible.shape[1:]
-    scores = jnp.einsum("kbrh,kbsh->kbrs", query, key, preferred_element_type=jnp.float32)
-    scores = jnp.where(visible[:, None], scores.reshape(K, B, rows // C, C, S), MASKED).reshape(K, B, rows, S)
-    # The maximum is subtracted: without it long contexts overflow.
-    weights = jnp.exp(scores - jnp.max(scores, -1, keepdims=True))
-    weights = (weights / jnp.sum(weights, -1, keepdims=True)).astype(value.dtype)
-    out = jnp.einsum("kbrs,kbsh->kbrh", weights, value)
-    return out, (query, key, value, weights, out)
-
-
-def mix_values_backward(residuals, d_out):
-    query, key, value, weights, out = residuals
-    d_weights = jnp.einsum("kbrh,kbsh->kbrs", d_out, value, preferred_element_type=jnp.float32)
-    inner = jnp.sum((d_out * out).astype(jnp.float32), -1, keepdims=True)
-    d_scores = jax.lax.optimization_barrier((weights * (d_weights - inner)).astype(query.dtype))
-    d_query = jnp.einsum("kbrs,kbsh->kbrh", d_scores, key)
-    d_key = jnp.einsum("kbrs,kbrh->kbsh", d_scores, query)
-    d_value = jnp.einsum("kbrs,kbrh->kbsh", weights, d_out)
-    return d_query, d_key, d_value, None
-
-
-mix_values.defvjp(mix_values_forward, mix_values_backward)

@@ -11,10 +11,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from rlrag.mesh import MODEL, constrain
+from kernels.packed_attention.api import attend
+from rlrag.mesh import MODEL, axes_of, constrain
 from rlrag.model.adapters import LowRank, Voices, add
 from rlrag.model.architecture import Architecture
-from rlrag.model.attention import attend, rotate, rotations, views, visibility
+from rlrag.model.attention import rotate, rotations, visibility
 from rlrag.model.decoding import WHOLE, DecodeLayer, DecodeWeights, Parts
 from rlrag.model.parameters import Layers, Transformer
 from rlrag.model.quantized import Quantized, times
@@ -174,7 +175,7 @@ def trunk(
     if params.adapters is not None and coefficients is not None:
         low = params.adapters.layers
         voices = speaking(a, jnp.take_along_axis(coefficients, segment[..., None], axis=1))
-    seen = views(a, visibility(segment, parent), positions, positions)
+    seen = visibility(a, segment, parent, positions)
     angles = rotations(a, positions)
 
     def step(x: jax.Array, xs: tuple[Layers, Low, jax.Array | None, jax.Array | None]) -> tuple[jax.Array, None]:
@@ -184,8 +185,10 @@ def trunk(
         def mix(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
             q = constrain(q, "rows", None, "heads", None)
             k, v = (constrain(x, "rows", None, "kv_heads", None) for x in (k, v))
-            visible = chosen(seen, local)
-            return attend(q, k.transpose(2, 0, 1, 3), v.transpose(2, 0, 1, 3), visible, a.attention_scale or None)
+            scale = a.attention_scale or a.head_dim**-0.5
+            return attend(
+                q * jnp.asarray(scale, q.dtype), k, v, chosen(seen, local), axes_of("rows"), axes_of("kv_heads")
+            )
 
         return constrain(layer(x, weights, chosen(angles, local), a, mix, own_low, own), "rows", None), None
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from kernels.advantage.api import gae as generalized_advantages
 from kernels.advantage.api import returns as discounted_returns
 from kernels.advantage.group import group_leave_one_out, group_zscore
+from kernels.advantage.terms import Advantages, Moments
 from rlrag.batch import Batch
 from rlrag.metrics import Metrics, Sum
 from rlrag.objectives.losses import Estimator, kl_estimate
@@ -91,18 +92,17 @@ def token_rewards(batch: Batch, rewards: jax.Array) -> jax.Array:
     return jnp.where(at_last, per_token(rewards, batch), 0.0) + batch.bonus * batch.trained
 
 
-def whitened(values: jax.Array, mask: jax.Array, epsilon: float = 1e-8) -> jax.Array:
-    """(x - mean) / sqrt(variance + epsilon) over the tokens where mask is 1, 0 at the others."""
-    count = jnp.maximum(jnp.sum(mask), 1)
-    centred = jnp.where(mask > 0, values - jnp.sum(jnp.where(mask > 0, values, 0.0)) / count, 0.0)
-    return centred * jax.lax.rsqrt(jnp.sum(jnp.square(centred)) / count + epsilon)
+def whitened(values: jax.Array, mask: jax.Array, moments: Moments, epsilon: float = 1e-8) -> jax.Array:
+    """(x - mean) / sqrt(variance + epsilon) where mask is 1, 0 elsewhere; moments: of these tokens, by row."""
+    count, mean, spread = moments.merged()
+    return jnp.where(mask > 0, values - mean, 0.0) * jax.lax.rsqrt(spread / jnp.maximum(count, 1) + epsilon)
 
 
-def of_rows(function: Callable[..., jax.Array | tuple[jax.Array, jax.Array]], *arrays: jax.Array, **options):
+def of_rows(function: Callable[..., Advantages], *arrays: jax.Array, **options) -> Advantages:
     """A function of rows [B, T] on arrays [M, R, T]."""
     M, R, T = arrays[0].shape
     out = function(*(array.reshape(M * R, T) for array in arrays), **options)
-    return jax.tree.map(lambda x: x.reshape(M, R, T), out)
+    return jax.tree.map(lambda x: x.reshape(M, R, *x.shape[1:]), out)
 
 
 # -- kinds of credit --------------------------------------------------------------------------------------------------
@@ -169,8 +169,8 @@ def returns(
                 mean = (paid.reward - centred)[jnp.maximum(batch.segments.episode, 0)]
                 rewards = jnp.where(jnp.any(batch.segments.valid, -1), rewards - mean, 0.0)
             tokens = token_rewards(batch, rewards) + kl_penalty(scored, batch, kl_reward)
-            weight = of_rows(discounted_returns, tokens, batch.act, batch.segment, gamma=gamma)
-            weight = whitened(weight, batch.trained) if whiten else weight
+            weight, _, moments = of_rows(discounted_returns, tokens, batch.act, batch.segment, gamma=gamma)
+            weight = whitened(weight, batch.trained, moments) if whiten else weight
             batches[name] = replace(batch, weight=weight)
             metrics[name] = group_metrics(paid, scored.num_groups) | kl_metrics(batch, kl_reward)
         return batches, named(metrics)
@@ -186,10 +186,10 @@ def gae(gamma: float = 1.0, lam: float = 1.0, whiten: bool = True, kl_reward: Es
         batches, metrics = {}, {}
         for name, batch in scored.batches.items():
             rewards = token_rewards(batch, segment_rewards(batch)) + kl_penalty(scored, batch, kl_reward)
-            weight, target = of_rows(
+            weight, target, moments = of_rows(
                 generalized_advantages, rewards, batch.value, batch.act, batch.segment, gamma=gamma, lam=lam
             )
-            weight = whitened(weight, batch.trained) if whiten else weight
+            weight = whitened(weight, batch.trained, moments) if whiten else weight
             batches[name] = replace(batch, weight=weight, target=target)
             paid = episode_rewards(batch, scored.num_episodes)
             metrics[name] = group_metrics(paid, scored.num_groups) | kl_metrics(batch, kl_reward)

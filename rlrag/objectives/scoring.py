@@ -14,24 +14,50 @@ from rlrag.objectives.losses import Scores
 
 
 def score(params: Transformer, a: Architecture, batch: Batch, key: jax.Array | None = None) -> Scores:
-    """Log-prob, entropy, certainty and value of every token given what precedes it; leaves of batch are [R, ...]. key:
-    of the adapters' dropout; None: without.
+    """Log-prob, entropy and certainty of every trained token given what precedes it, 0 elsewhere, and the value of
+    every token; leaves of batch are [R, ...]. key: of the adapters' dropout; None: without.
 
-    What an objective does not look at is not computed: the compiler drops it.
+    What an objective does not look at is not computed: the compiler drops it. The head, which costs as much as several
+    layers of a small model, is multiplied for trained tokens alone: they are moved to the front of their rows.
     """
     table = batch.segments
     hidden = trunk(params, a, batch.tokens, batch.positions, batch.segment, table.parent, table.adapters, key)
     # The column before predicts; a segment's first token is observed, so no trained token looks across a boundary.
     before = jnp.pad(hidden[:, :-1], ((0, 0), (1, 0), (0, 0)))
-    ids = jnp.concatenate([batch.tokens[..., None], batch.kept], -1)
+    trained = batch.act > 0
+    order = jnp.argsort(~trained, axis=-1, stable=True)  # [R, T] trained columns, then the others
+    place = jnp.argsort(order, axis=-1)  # [R, T] where each column has gone
+    ids = rearranged(jnp.concatenate([batch.tokens[..., None], batch.kept], -1), order, place)
+    temperature = rearranged(batch.temperature, order, place)
     head = params.output_head.astype(before.dtype)
-    stats = token_stats(before, head, ids, temperature=batch.temperature, num_devices=num_parts(head.shape[0]))
+    stats = token_stats(
+        rearranged(before, order, place), head, ids, temperature=temperature,
+        num_devices=num_parts(head.shape[0]), count=jnp.max(jnp.sum(trained, -1)),
+    )  # fmt: skip
     logp = filtered_log_prob(stats.logits[..., 0], stats.lse, stats.logits[..., 1:])
+
+    def back(values: jax.Array) -> jax.Array:
+        return jnp.where(trained, rearranged(values, place, order), 0.0)
+
     if params.value_head is None:
         value = jnp.zeros_like(logp)
     else:
         value = before.astype(jnp.float32) @ params.value_head.astype(jnp.float32)
-    return Scores(logp, stats.entropy, stats.certainty, value)
+    return Scores(back(logp), back(stats.entropy), back(stats.certainty), value)
+
+
+@jax.custom_vjp
+def rearranged(values: jax.Array, order: jax.Array, place: jax.Array) -> jax.Array:
+    """values [R, T, ...] with column order[r, t] of each row at t; place: the inverse permutation, by which the
+    gradient goes back. (The gradient that JAX derives is a scatter, which is slow on CPU and adds where nothing
+    is to add.)"""
+    return jnp.take_along_axis(values, order.reshape(*order.shape, *[1] * (values.ndim - 2)), axis=1)
+
+
+rearranged.defvjp(
+    lambda values, order, place: (rearranged(values, order, place), (order, place)),
+    lambda permutations, gradient: (rearranged(gradient, *reversed(permutations)), None, None),
+)
 
 
 def num_parts(vocab_size: int) -> int:

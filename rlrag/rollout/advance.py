@@ -17,7 +17,6 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from kernels.dispatch import current_platform
-from kernels.uncertainty.api import uncertainty
 from rlrag.mesh import DATA, MODEL
 from rlrag.model.architecture import Architecture
 from rlrag.model.attention import attend, views
@@ -138,7 +137,7 @@ def empty_cache(a: Architecture, spec: Spec, mesh: Mesh) -> Cache:
 def cache_partitions(a: Architecture, spec: Spec, mesh: Mesh) -> Any:
     """A PartitionSpec for every array of the cache."""
     heads = MODEL if parts(a, mesh.shape[MODEL]).heads > 1 else None
-    page, lane = (PartitionSpec(heads, DATA),) * a.num_layers, (PartitionSpec(DATA, heads),) * a.num_layers
+    page, lane = (PartitionSpec(heads, DATA),) * a.num_layers, (PartitionSpec(None, DATA, heads),) * a.num_layers
     own = () if spec.on_pages else lane
     return Cache(page, page, own, own)  # type: ignore[arg-type]  # specs in the cache's tree
 
@@ -212,9 +211,8 @@ def burst(
         logits = vocabulary_logits(weights, hidden, cut)
         controls = inbox.controls._replace(allowed=s.allowed)
         uniform = jax.lax.dynamic_index_in_dim(uniforms, s.step, 1, keepdims=False)
-        token, kept = sample(logits, uniform, controls)
-        stats = uncertainty(logits, token, controls.temperature, kept, masked=False)
-        new = (token, stats.log_prob, stats.entropy, stats.certainty, stats.margin, kept)
+        token, kept, *report = sample(logits, uniform, controls)
+        new = (token, *report, kept)
         out = tuple(jax.lax.dynamic_update_slice_in_dim(old, x[:, None], s.step, 1) for old, x in zip(s.out, new))
         stop_state = jnp.where(live, stops[s.stop_state, token].astype(jnp.int32), s.stop_state)
         count = s.count + live

@@ -12,17 +12,18 @@ import jax.numpy as jnp
 from rlrag.mesh import constrain
 from rlrag.model.architecture import Architecture
 
-TILE = 32  # tokens of a lane whose keys lie together
+TILE = 64  # tokens of all lanes that lie together, and that attention reads at once
 
 
 class Cache(NamedTuple):
-    """Per layer. In pages heads lead: gathered, they need no transposition. In lanes the keys of `TILE` tokens lie
-    together with tokens last, n tiles: XLA for CPU then computes scores at the speed of memory (docs/LOG.md)."""
+    """Per layer. In pages heads lead: gathered, they need no transposition. Lanes are cut into n tiles, so that none is
+    read behind the longest stream, and keys have tokens last: XLA for CPU then computes scores at the speed of memory
+    (docs/LOG.md)."""
 
     keys: tuple[jax.Array, ...]  # [K, P * page, H]
     values: tuple[jax.Array, ...]  # [K, P * page, H]
-    lane_keys: tuple[jax.Array, ...]  # [B, K, n, H, TILE] of the streams in decode lanes
-    lane_values: tuple[jax.Array, ...]  # [B, K, n * TILE, H]
+    lane_keys: tuple[jax.Array, ...]  # [n, B, K, H, TILE] of the streams in decode lanes
+    lane_values: tuple[jax.Array, ...]  # [n, B, K, TILE, H]
 
 
 def empty(a: Architecture, num_pages: int, page_size: int, num_lanes: int, max_tokens: int, num_kv_heads: int = 0) -> Cache:  # fmt: skip # noqa: E501
@@ -30,15 +31,15 @@ def empty(a: Architecture, num_pages: int, page_size: int, num_lanes: int, max_t
     the architecture's."""
     K, H = num_kv_heads or a.num_kv_heads, a.head_dim
 
-    def zeros(names: tuple[str, ...], *shape: int) -> tuple[jax.Array, ...]:
+    def zeros(names: tuple[str | None, ...], *shape: int) -> tuple[jax.Array, ...]:
         free = [None] * (len(shape) - len(names))
         return tuple(constrain(jnp.zeros(shape, a.dtype), *names, *free) for _ in range(a.num_layers))
 
     page = ("kv_heads", "pages"), K, num_pages * page_size, H
     if not num_lanes:
         return Cache(zeros(*page), zeros(*page), (), ())
-    lane, tiles = (("pages", "kv_heads"), num_lanes, K), -(-max_tokens // TILE)
-    return Cache(zeros(*page), zeros(*page), zeros(*lane, tiles, H, TILE), zeros(*lane, tiles * TILE, H))
+    lane = (None, "pages", "kv_heads"), -(-max_tokens // TILE), num_lanes, K
+    return Cache(zeros(*page), zeros(*page), zeros(*lane, H, TILE), zeros(*lane, TILE, H))
 
 
 def token_index(table: jax.Array, positions: jax.Array, page_size: int) -> jax.Array:

@@ -20,7 +20,9 @@ def test_quick_prints_every_implementation(capsys):
         ("uncertainty", uncertainty_api),
         ("advantage", advantage_api),
     ):
-        for name in api.IMPLEMENTATIONS:
+        for name, entry in api.IMPLEMENTATIONS.items():
+            if "cpu" not in entry.platforms:
+                continue
             assert any(line.startswith(operation) and f" {name} " in line for line in lines), (operation, name)
 
 

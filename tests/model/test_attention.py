@@ -5,8 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kernels.packed_attention.visibility import visible as written_out
 from rlrag.model.architecture import Architecture
-from rlrag.model.attention import ancestors, attend, frequencies, rotate, rotation, views, visibility
+from rlrag.model.attention import ancestors, attend, frequencies, intervals, rotate, rotation, visibility
 
 
 def rotary(x, positions, theta):
@@ -52,16 +53,23 @@ def forests(draw):
     return parent
 
 
+@jax.jit
+def rule(segment, parent):
+    seen = visibility(Architecture(), segment, parent, jnp.zeros_like(segment))
+    return ancestors(parent), *intervals(parent), written_out(seen[False])
+
+
 @settings(deadline=None, max_examples=60)
 @given(forests(), st.integers(0, 1000))
 def test_mask_rule(parent, seed):
     """Token i sees token j iff j <= i and j's segment is i's or an ancestor of it."""
-    table = np.asarray(ancestors(jnp.array(parent[None])))[0]
+    segment = np.random.default_rng(seed).integers(0, len(parent), (1, 15))
+    parent = np.pad(parent, (0, 12 - len(parent)))  # one shape, one compilation
+    table, first, last, visible = (np.asarray(each)[0] for each in rule(jnp.array(segment), jnp.array(parent[None])))
     wanted = [[is_ancestor(parent, j, i) for j in range(len(parent))] for i in range(len(parent))]
     np.testing.assert_array_equal(table, wanted)
-
-    segment = np.random.default_rng(seed).integers(0, len(parent), (1, 15))
-    visible = np.asarray(visibility(jnp.array(segment), jnp.array(parent[None])))[0]
+    assert sorted(first) == list(range(1, len(parent) + 1)), "every segment has a number of its own"
+    assert (last > first).all()
     for i in range(15):
         for j in range(15):
             assert visible[i, j] == (j <= i and is_ancestor(parent, segment[0, j], segment[0, i]))
@@ -152,7 +160,8 @@ def test_a_local_layer_sees_the_last_tokens_of_its_own_conversation():
     a = Architecture(num_layers=2, pattern="LG", window=3)
     segment = jnp.array([[1, 1, 1, 1, 2, 2, 2, 3, 3, 3]])
     positions = jnp.array([[0, 1, 2, 3, 4, 5, 6, 4, 5, 6]])
-    seen = views(a, visibility(segment, jnp.array([[0, 0, 1, 1]])), positions, positions)
+    seen = visibility(a, segment, jnp.array([[0, 0, 1, 1]]), positions)
+    seen = {local: written_out(each) for local, each in seen.items()}
     assert [set(np.flatnonzero(seen[True][0, column])) for column in (3, 4, 7, 9)] == [
         {1, 2, 3}, {2, 3, 4}, {2, 3, 7}, {7, 8, 9},
     ]  # fmt: skip

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kernels.advantage import Moments
 from rlrag.objectives.credit import (
     Scored,
     episode_rewards,
@@ -214,7 +215,8 @@ def test_whitened_tokens_have_mean_0_and_variance_1():
     assert chosen.var() == pytest.approx(1, abs=1e-4)
     plain = np.asarray(credit_of(returns(whiten=False))[1])[trained]
     np.testing.assert_allclose(chosen, (plain - plain.mean()) / plain.std(), atol=1e-4)
-    assert (whitened(jnp.ones((2, 3)), jnp.ones((2, 3))) == 0).all()
+    alike = Moments(jnp.full(2, 3.0), jnp.ones(2), jnp.zeros(2))
+    assert (whitened(jnp.ones((2, 3)), jnp.ones((2, 3)), alike) == 0).all()
 
 
 def test_rejection_takes_good_episodes_whole():

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlrag import packing
+from rlrag import hlo, packing
 from rlrag.model.transformer import trunk
 from rlrag.objectives import scoring
 from rlrag.objectives.credit import group_relative, ones
@@ -242,3 +242,26 @@ def test_rows_that_the_devices_cannot_share_are_named():
     update.mesh = TwoShards()  # type: ignore[assignment]
     with pytest.raises(ValueError, match=r"update\.micro_rows is 3: make it a multiple of the 2 data shard"):
         update.put(pack_groups(GROUPS, PAID, rows=3).batch)
+
+
+def test_gradients_are_added_in_place():
+    """No second copy of what is added to, nor of the parameters: the gradients that go in come out."""
+    update = build_update(surrogate())
+    packed = pack_groups(make_groups(1))
+    state = update.initialize(parameters())
+    prepared = prepare(update, packed, state.params, None, group_relative())
+    batch, counts = prepared.batches["m"], prepared.counts["m"]
+    chosen = np.ones(batch.tokens.shape[0], np.float32)
+    compiled = update.accumulate.lower(
+        state.params, update._zeros(), update.no_metrics(batch), batch, counts, {}, chosen, np.int32(0), state.step
+    ).compile()
+    gradient_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(update._zeros()))
+    assert compiled.memory_analysis().alias_size_in_bytes >= gradient_bytes
+    computations, entry = hlo.parse(compiled.as_text())
+    sizes = {tuple(leaf.shape) for leaf in jax.tree.leaves(state.params)}
+    copied = [
+        each.operands[0] for each in computations[entry]
+        if each.operation == "copy" and any(shape in sizes and len(shape) > 1 for _, shape in hlo.shapes(each.type))
+    ]  # fmt: skip
+    # Zeros, which the scan over layers fills with the micro-batch's own gradient, are all that may be copied.
+    assert all("broadcast" in name for name in copied), copied
