@@ -14,7 +14,7 @@ export UV_PYTHON_DOWNLOADS := never
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
 .PHONY: help venv minilm demo published test test-matrix pytest lint kill-points fuzz disk-full retrieval-load \
-	dense-bench memory-check load-memory parity pod plan-table bench bench-gpu lock
+	dense-bench memory-check load-memory parity pod plan-table bench bench-gpu bench-peers lock
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -110,6 +110,21 @@ bench: $(INSTALLED) ## time every implementation of every kernel on this device
 
 bench-gpu: $(INSTALLED) ## kernels, rollout, update and step on one accelerator: docs/results/h200.md (at most 8 min)
 	$(RUN) -m launch.bench_gpu
+
+# Tunix and torch are no dependencies: each lives in a virtual environment of its own, torch in one of Python 3.11, since
+# for 3.12 pip takes the build for CUDA. A Python 3.12 is looked for on PATH, then among pyenv's.
+PYTHON312 ?= $(shell for found in python3.12 $$(pyenv root 2>/dev/null)/versions/3.12.*/bin/python; do \
+	"$$found" -c 'import venv' 2>/dev/null && echo "$$found" && break; done)
+bench-peers: $(INSTALLED) ## beside Tunix, transformers and TRL on this CPU: docs/results/peers.md (FRESH=1 measures again)
+	@test -x .venv-tunix/bin/python || test -n "$(PYTHON312)" || { \
+	  echo "error: Tunix wants Python 3.12: make PYTHON312=/path/to/python3.12 bench-peers" >&2; exit 1; }
+	@test -x .venv-tunix/bin/python || $(PYTHON312) -m venv .venv-tunix
+	@.venv-tunix/bin/python -m pip install --quiet --disable-pip-version-check google-tunix==0.1.7
+	@test -x .venv-torch/bin/python || $(PYTHON) -m venv .venv-torch
+	@.venv-torch/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	@.venv-torch/bin/python -m pip install --quiet --disable-pip-version-check transformers==5.23.0 trl==1.16.0 \
+	  accelerate==1.15.0 datasets==5.2.0 peft==0.21.2
+	$(RUN) -m launch.bench_peers $(if $(FRESH),--fresh)
 
 lock: ## renew constraints.txt: the newest set, for every supported Python (needs uv)
 	UV_CUSTOM_COMPILE_COMMAND="make lock" uv pip compile --quiet --upgrade --universal --python-version 3.11 \

@@ -170,7 +170,7 @@ def advantage_case(spec: RecurrenceSpec, platform: str) -> Case:
     segment = jnp.broadcast_to(1 + jnp.arange(spec.tokens) // 512, rewards.shape)
 
     def gae(name: str) -> Callable:
-        return lambda *arguments: advantage_api.gae(*arguments, 0.99, 0.95, implementation=name)
+        return lambda *arguments: advantage_api.gae(*arguments, 0.99, 0.95, implementation=name)  # type: ignore[call-arg]
 
     functions = {name: gae(name) for name in runs_here(advantage_api.IMPLEMENTATIONS, platform)}
     arguments = (rewards, values, act, segment)

@@ -129,6 +129,12 @@ RULES = {
     "launch.serve_retrieval": Rule("launch rlrag.retrieval rlrag.data.task", "absl uvicorn prometheus_client"),
     "launch.bench": Rule("launch kernels rlrag.speed rlrag.model configs.scale", "absl jax"),
     "launch.bench_gpu": Rule("launch rlrag.speed.findings", "absl"),
+    "launch.bench_peers": Rule("launch rlrag.agents.tokenizer", "absl"),
+    # Contenders run in environments that lack each other's packages.
+    "launch.peers": Rule("launch.peers", ""),
+    "launch.peers.ours": Rule("launch.peers kernels rlrag", "jax numpy"),
+    "launch.peers.tunix": Rule("launch.peers", "tunix jax numpy flax optax transformers"),
+    "launch.peers.hugging_face": Rule("launch.peers", "torch transformers trl datasets"),
     "launch.update_bench": Rule("launch kernels rlrag", "absl jax flax optax numpy"),
 }
 
@@ -151,8 +157,10 @@ MOST_LINES = 450
 TESTED_TOGETHER = tuple(
     f"kernels/{name}" for name in ("advantage", "decode_attention", "log_prob", "packed_attention", "uncertainty")
 )
+PEERS = ("workloads", "protocol", "report", "ours", "tunix", "hugging_face")
 # Modules whose cases stand in the test file of the room they serve, which imports them or is their only way in.
 TESTED_WITH = {
+    **{f"launch/peers/{name}.py": "tests/launch/test_bench_peers.py" for name in PEERS},
     "rlrag/agents/observation.py": "tests/agents/test_search.py",
     "rlrag/data/files.py": "tests/data/test_sources.py",
     "rlrag/data/formats.py": "tests/data/test_sources.py",
