@@ -280,7 +280,8 @@ def test_several_devices_have_a_budget_each(monkeypatch):
     monkeypatch.setattr(api, "CHUNK_TOKENS_LEAST", 1)
 
     def loops(data, model):
-        shards = Shards(AbstractMesh((data, model), ("data", "model")), ("data",), "model")
+        mesh = AbstractMesh((data, model), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+        shards = Shards(mesh, ("data",), "model")
         call = functools.partial(token_stats, implementation="chunked", shards=shards)
         shapes = jnp.zeros((2, 32, 8)), jnp.zeros((512, 8)), jnp.zeros((2, 32, 1), int)
         return re.findall(r"length=(\d+)", str(jax.make_jaxpr(call)(*shapes)))
