@@ -173,7 +173,6 @@ def runs_of(found: Survey, setting: Setting, load: Load) -> dict[str, int]:
         "pack": acting,
         "prefill": -(-load.episodes * load.observed // (spec.prefill_rows * spec.prefill_chunk)),
         "decode": steps,
-        "round": -(-steps // spec.burst),
         "prepare": 1,
         "score": found.passes * micros,
         "accumulate": micros * update.epochs,

@@ -21,12 +21,14 @@ from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any
 
+from kernels.decode_attention import blocked
 from kernels.log_prob import api as log_prob
 from rlrag.dry_run import Account, Setting, account, compile_all, lower_rollout, lower_update
 from rlrag.hlo import Cost, Counted, read
 from rlrag.mesh import num_shards, partition
 from rlrag.model.architecture import Architecture
 from rlrag.model.parameters import num_parameters
+from rlrag.rollout.advance import PAGES
 
 # Passes of the CPU's compiler that turn float16 into float32.
 WIDENING = "change-op-data-type,float-normalization-f16,operand_upcaster,simplify-fp-conversions"
@@ -56,8 +58,8 @@ class Line:
 class Survey:
     """Bytes a device, and costs of one run of each program.
 
-    costs: pack (once a step), prefill (a chunk), decode (a step of the burst), round (the view of the cache that each
-    round gathers), prepare (less its scoring), score (one pass over a micro-batch), accumulate, apply.
+    costs: pack (once a step), prefill (a chunk), decode (a step of the burst), prepare (less its scoring), score (one
+    pass over a micro-batch), accumulate, apply.
     """
 
     parameters: Mapping[str, int]  # by model
@@ -90,8 +92,8 @@ class Survey:
 def survey(setting: Setting, native: bool) -> Survey:
     """native: for this machine's own CPU, as it compiles; otherwise for accelerators."""
     compiler = Compiler(native, dict(setting.mesh.shape))
-    setting = setting if native else replace(setting, a=halved(setting.a))
-    with nullcontext() if native else accelerator_chunks():
+    setting = setting if native else accelerated(setting)
+    with nullcontext() if native else as_accelerators(setting.spec.max_tokens):
         rows, slots = setting.stage.settings.update.micro_rows, setting.spec.num_slots
         doubled = setting.resized(rows=2 * rows)
         stays, beside = accounts(setting, doubled, setting.resized(slots=2 * slots), native)
@@ -99,8 +101,7 @@ def survey(setting: Setting, native: bool) -> Survey:
         needed = {name: over(rows, one.needed, again.get(name, one).needed, "rows") for name, one in update.items()}
         rollout = compiler.rollout(setting)
         needed |= rollout.needed
-        view = stays["cache"].at(rows, slots) * slots * setting.spec.pages_per_stream / setting.spec.num_pages
-        costs = {**rollout.costs, "round": Cost(traffic=2 * view), **update_costs(update, beside["gradients"].base)}
+        costs = {**rollout.costs, **update_costs(update, beside["gradients"].base)}
         programs, mesh = setting.programs, setting.mesh
         return Survey(
             parameters={name: num_parameters(own) for name, own in programs.architectures.items()},
@@ -111,6 +112,11 @@ def survey(setting: Setting, native: bool) -> Survey:
         )  # fmt: skip
 
 
+def accelerated(setting: Setting) -> Setting:
+    """As an accelerator plays and learns it."""
+    return replace(setting, a=halved(setting.a), spec=replace(setting.spec, decode=PAGES))
+
+
 def halved(a: Architecture) -> Architecture:
     own: dict[str, Any] = {field.name: getattr(a, field.name) for field in fields(Architecture)}
     own |= {name: "float16" for name in ("dtype", "param_dtype") if own[name] == "bfloat16"}
@@ -118,14 +124,17 @@ def halved(a: Architecture) -> Architecture:
 
 
 @contextmanager
-def accelerator_chunks() -> Iterator[None]:
-    """Logits in chunks as accelerators take them: here the CPU's size would be chosen."""
-    own = dict(log_prob.CHUNK_BYTES)
+def as_accelerators(max_tokens: int) -> Iterator[None]:
+    """Logits in chunks as accelerators take them, where the CPU's size would be chosen, and attention over a whole
+    stream in one turn of its loop, which counts one turn."""
+    own, blocks = dict(log_prob.CHUNK_BYTES), dict(blocked.BLOCK_TOKENS)
     log_prob.CHUNK_BYTES.clear()
+    blocked.BLOCK_TOKENS["cpu"] = max_tokens
     try:
         yield
     finally:
         log_prob.CHUNK_BYTES.update(own)
+        blocked.BLOCK_TOKENS.update(blocks)
 
 
 def undivided(a: Architecture, mesh: Any) -> tuple[str, ...]:
@@ -244,10 +253,11 @@ def over(count: int, value: float, doubled: float, what: str) -> Line:
 
 
 def rollout_loops(counted: Counted) -> tuple[Cost, Cost]:
-    """A chunk of prefill, a step of decoding."""
-    if len(counted.loops) != 2:
+    """A chunk of prefill, a step of decoding. On lanes streams enter them in between, and of a step's attention one
+    tile is counted."""
+    if len(counted.loops) not in (2, 3):
         raise AssertionError(f"the round has {len(counted.loops)} loops of its own, not prefill's and decoding's")
-    return counted.loops[0], counted.loops[1]
+    return counted.loops[0], counted.loops[-1]
 
 
 def update_costs(update: Mapping[str, Compiled], gradients: float) -> dict[str, Cost]:

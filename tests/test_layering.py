@@ -99,7 +99,7 @@ RULES = {
     "rlrag.dry_run": Rule("kernels rlrag", "jax numpy"),
     "rlrag.devices": Rule("", ""),
     "rlrag.hlo": Rule("", "numpy"),  # reads text: needs no JAX
-    "rlrag.survey": Rule("kernels.log_prob rlrag", "jax"),
+    "rlrag.survey": Rule("kernels.log_prob kernels.decode_attention rlrag", "jax"),
     "rlrag.plan": Rule("rlrag", "jax numpy"),
     "rlrag.plan_report": Rule("rlrag.plan rlrag.survey rlrag.hlo rlrag.devices", "jax"),
     "rlrag.train": Rule("kernels rlrag", "jax numpy flax optax grain rich matplotlib"),

@@ -1,5 +1,7 @@
 """Arithmetic of a plan against what can be calculated by hand; nothing is compiled."""
 
+from dataclasses import replace
+
 import pytest
 
 from configs.scale import VARIANTS, get_config
@@ -8,6 +10,7 @@ from rlrag.devices import Device, Figure
 from rlrag.dry_run import account
 from rlrag.hlo import Cost
 from rlrag.plan import Assumed, Load, forecast, largest, leaves, open_setting, runs_of
+from rlrag.rollout.advance import PAGES
 from rlrag.survey import Line, Survey
 from tests.experiments import tiny
 
@@ -29,7 +32,8 @@ def test_bytes_of_published_shapes(tmp_path, variant):
     experiment.rollout.num_slots = 8
     main.update.micro_rows = main.update.max_micro = 1
     with open_setting(experiment, tmp_path) as setting:
-        found, a = account(setting), setting.a
+        on_pages = replace(setting, spec=replace(setting.spec, decode=PAGES))
+        found, a = account(on_pages), setting.a
     assert found.stays["weights"] == found.stays["references"] == 2 * N
     assert found.stays["optimizer"] == pytest.approx(12 * N, abs=100)  # and a few counts
     assert found.beside["gradients"] == 4 * N
@@ -115,7 +119,6 @@ def test_time_is_that_of_the_slowest_of_three(setting):
 def test_how_often_programs_run(setting):
     runs = runs_of(made_up(), setting, Load(16, 8, 60))
     assert runs["prefill"] == 16 * 60 // (8 * 16) + 1  # rows by chunk
-    assert runs["round"] == 2
     assert runs["accumulate"] == 3  # 16 * 68 tokens in micro-batches of 4 x 96
     assert (runs["pack"], runs["prepare"], runs["apply"]) == (1, 1, 1)
 

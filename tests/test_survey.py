@@ -10,7 +10,7 @@ from rlrag.dry_run import account, compile_all, lower_rollout, lower_update
 from rlrag.hlo import read
 from rlrag.model.parameters import num_parameters
 from rlrag.plan import open_setting
-from rlrag.survey import WIDENING, Compiler, halved, rollout_loops, survey
+from rlrag.survey import WIDENING, Compiler, accelerated, as_accelerators, halved, rollout_loops, survey
 from tests.experiments import tiny
 
 
@@ -33,12 +33,13 @@ def test_lines_meet_programs_as_large_as_they_are(tmp_path):
     with open_setting(shape, tmp_path) as setting:
         found = survey(setting, native=False)
         many = 10 * found.slots
-        large = replace(setting, a=halved(setting.a)).resized(rows=3 * found.rows, slots=many)
+        large = accelerated(setting).resized(rows=3 * found.rows, slots=many)
         exact, line = account(large), found.account(3 * found.rows, many)
         compiler = Compiler(False, found.mesh)
-        update = compiler.update(large, apply=False)
-        same = compiler.compile(lower_rollout(large.resized(slots=found.slots)))
-        wide = lower_rollout(large)["advance"].compile(compiler.options)
+        with as_accelerators(large.spec.max_tokens):
+            update = compiler.update(large, apply=False)
+            same = compiler.compile(lower_rollout(large.resized(slots=found.slots)))
+            wide = lower_rollout(large)["advance"].compile(compiler.options)
     assert {**line.stays, "process": exact.stays["process"]} == exact.stays
     assert line.beside == exact.beside
     for name in ("prepare", "accumulate"):

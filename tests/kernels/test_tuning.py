@@ -23,8 +23,9 @@ def tiled(tmp_path, monkeypatch):
     monkeypatch.setattr(tiles, "PATH", path)
     tiles.read.cache_clear()
 
-    def recurrence(b, c):
-        found = tiles.lookup("advantage", tiles.device_kind(), rows=b.shape[0], tokens=b.shape[1])
+    def recurrence(*arguments):
+        rows, tokens = arguments[0].shape
+        found = tiles.lookup("advantage", tiles.device_kind(), rows=rows, tokens=tokens)
         if found == BROKEN:
             raise NotImplementedError
         wait = 0.02 if found == SLOW else 0.0
@@ -33,7 +34,7 @@ def tiled(tmp_path, monkeypatch):
             time.sleep(wait)
             return y
 
-        y = advantage_api.IMPLEMENTATIONS["reference"].run(b, c)
+        y = advantage_api.IMPLEMENTATIONS["reference"].run(*arguments)
         return jax.pure_callback(slept, y, y)
 
     module = SimpleNamespace(TILES=(SLOW, BROKEN, FAST))

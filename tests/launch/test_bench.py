@@ -90,7 +90,7 @@ def test_every_phase_has_its_rows(figures):
 
 
 def test_the_kernels_that_ran_are_named(figures):
-    assert {"log_prob", "uncertainty", "advantage"} <= set(figures[0]["kernels"])
+    assert {"log_prob", "uncertainty", "packed_attention"} <= set(figures[0]["kernels"])
 
 
 def test_searches_through_a_server(tmp_path: Path):

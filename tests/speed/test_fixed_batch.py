@@ -10,13 +10,13 @@ from rlrag.speed import fixed_batch, rollout
 from rlrag.speed.workload import Workload
 from tests.speed.tiny import ARCHITECTURE
 
-UNEVEN = Workload(ARCHITECTURE.vocab_size, prompt_tokens=5, turns=(1, 2), turn_tokens=(2, 9), document_tokens=(1, 4))
+UNEVEN = Workload(ARCHITECTURE.vocab_size, prompt_tokens=5, turns=(1, 2), turn_tokens=(20, 45), document_tokens=(1, 4))
 
 
 def test_log_probs_are_those_of_the_trunk(monkeypatch):
     params = rollout.start(ARCHITECTURE)
     weights = rollout.packed(ARCHITECTURE, params)
-    monkeypatch.setattr(fixed_batch, "BUCKET", 32)  # so that the cache grows
+    monkeypatch.setattr(fixed_batch, "BUCKET", 64)  # so that the cache grows
     monkeypatch.setattr(fixed_batch, "CHUNK", 16)
     turns_out = []
     write = fixed_batch.write
