@@ -32,7 +32,7 @@ def test_lines_meet_programs_as_large_as_they_are(tmp_path):
     shape.rollout.prefill_rows = 32
     with open_setting(shape, tmp_path) as setting:
         found = survey(setting, native=False)
-        many = 10 * found.slots
+        many = 30 * found.slots
         large = accelerated(setting).resized(rows=3 * found.rows, slots=many)
         exact, line = account(large), found.account(3 * found.rows, many)
         compiler = Compiler(False, found.mesh)
