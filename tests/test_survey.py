@@ -29,10 +29,10 @@ def test_lines_meet_programs_as_large_as_they_are(tmp_path):
     """Five layers extrapolated from two and three; rows and slots from one and two sizes, tried at another. With few
     slots prefill needs most of the round, with many decoding."""
     shape = experiment(layers=5)
-    shape.rollout.prefill_rows = 32
+    shape.rollout.prefill_rows = 16
     with open_setting(shape, tmp_path) as setting:
         found = survey(setting, native=False)
-        many = 30 * found.slots
+        many = 10 * found.slots
         large = accelerated(setting).resized(rows=3 * found.rows, slots=many)
         exact, line = account(large), found.account(3 * found.rows, many)
         compiler = Compiler(False, found.mesh)
