@@ -155,21 +155,13 @@ def architecture(shape: str):
 
 def table(found: Sequence[dict[str, Any]]) -> Iterator[str]:
     """A column for each run, a line for each number."""
+    from rlrag.speed.findings import number
+
     names = dict.fromkeys(name for row in found for name in row if name != "run")
     width = max(14, *(len(row["run"]) + 2 for row in found))
     yield f"{'':<20}" + "".join(f"{row['run']:>{width}}" for row in found)
     for name in names:
-        yield f"{name:<20}" + "".join(f"{shown(row.get(name)):>{width}}" for row in found)
-
-
-def shown(value: Any) -> str:
-    if value is None:
-        return "-"
-    if isinstance(value, str):
-        return value
-    if value and (abs(value) >= 1e7 or abs(value) < 1e-3):
-        return f"{value:.3e}"
-    return f"{value:,.0f}" if float(value).is_integer() else f"{value:,.3f}"
+        yield f"{name:<20}" + "".join(f"{number(row.get(name)):>{width}}" for row in found)
 
 
 if __name__ == "__main__":

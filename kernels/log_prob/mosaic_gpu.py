@@ -14,7 +14,6 @@ forward and backward against their bare products (8 N D V operations, half of th
 Not run on hardware: run in the GPU interpreter with its race detector, and lowered for CUDA.
 """
 
-import functools
 import itertools
 import math
 from typing import Any
@@ -25,22 +24,20 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels import tiles as measured
 from kernels import token_stats as monoid
 from kernels.log_prob import hopper_product, tiled
 from kernels.log_prob.hopper_product import BLOCK_K, COMPUTE, SWIZZLE, Places
-from kernels.token_stats import TokenStats, TokenSums
+from kernels.token_stats import TokenSums
 
 Array = jax.Array
 
-# Candidates for tuning, by keyword; the first runs where nothing is recorded under OPERATION.
+# Candidates for tuning, by keyword; the first runs where nothing is recorded.
 TILES = (
     {"block_m": 128, "block_n": 128, "stages": 3},
     {"block_m": 64, "block_n": 256, "stages": 3},
     {"block_m": 128, "block_n": 128, "stages": 2},
     {"block_m": 64, "block_n": 128, "stages": 5},
 )
-OPERATION = "log_prob"
 
 SLICE = 64  # columns that the epilogue computes at once, so that it needs few registers beside the logits
 LOG2_E = math.log2(math.e)
@@ -52,40 +49,6 @@ def refuses(*, hidden: int, dtype: Any = jnp.bfloat16, **_: Any) -> str | None:
     if dtype != jnp.bfloat16:
         return f"hidden and head are {jnp.dtype(dtype).name}, and it multiplies bfloat16"
     return f"the hidden size {hidden} is not a multiple of {BLOCK_K}" if hidden % BLOCK_K else None
-
-
-def forward(
-    hidden: Array, head: Array, ids: Array, scale: Array | None, chunk: int | None = None, **tiles: int
-) -> TokenStats:
-    """As ``reference.forward``; tiles: block_m, block_n and stages, those not given from ``tiles.json``."""
-    del chunk
-    sums = functools.partial(_sums, **_sizes(hidden, head, tiles))
-    return tiled.forward(sums, hidden, head, ids, scale)
-
-
-def backward(
-    hidden: Array,
-    head: Array,
-    ids: Array,
-    scale: Array | None,
-    lse: Array,
-    entropy: Array,
-    cotangent: TokenStats,
-    chunk: int | None = None,
-    block_bytes: int | None = None,
-    **tiles: int,
-) -> tuple[Array, Array]:
-    """As ``reference.backward``, but the gradient of head is in its dtype; block_bytes as in ``tiled.backward``."""
-    del chunk
-    sizes = _sizes(hidden, head, tiles)
-    arguments = (hidden, head, ids, scale, lse, entropy, cotangent)
-    dense = functools.partial(_dense, **sizes)
-    return tiled.backward(dense, *arguments, multiple=sizes["block_n"], block_bytes=block_bytes)
-
-
-def _sizes(hidden: Array, head: Array, tiles: dict[str, int]) -> dict[str, int]:
-    shape = {"tokens": math.prod(hidden.shape[:-1]), "hidden": hidden.shape[-1], "vocabulary": head.shape[0]}
-    return {**TILES[0], **measured.lookup(OPERATION, measured.device_kind(), **shape), **tiles}
 
 
 def _sums(hidden: Array, head: Array, scale: Array, *, block_m: int, block_n: int, stages: int) -> TokenSums:
@@ -218,3 +181,6 @@ def _slices(width: int) -> list[slice]:
 def _across(numbers: Array, part: Array) -> Array:
     """[block_m] as [block_m, columns]."""
     return lax.broadcast_in_dim(numbers, part.shape, (0,))
+
+
+forward, backward = tiled.halves(_sums, _dense, TILES[0])

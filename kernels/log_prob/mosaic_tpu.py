@@ -8,7 +8,6 @@ Not run on hardware: run in the interpreters, and lowered for TPU.
 """
 
 import functools
-import math
 from typing import Any
 
 import jax
@@ -18,20 +17,18 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels import interpret
-from kernels import tiles as measured
 from kernels.log_prob import tiled
-from kernels.token_stats import TokenStats, TokenSums
+from kernels.token_stats import TokenSums
 
 Array = jax.Array
 
-# Candidates for tuning, by keyword; the first runs where nothing is recorded under OPERATION.
+# Candidates for tuning, by keyword; the first runs where nothing is recorded.
 TILES = (
     {"block_m": 512, "block_n": 512},
     {"block_m": 256, "block_n": 512},
     {"block_m": 512, "block_n": 1024},
     {"block_m": 1024, "block_n": 512},
 )
-OPERATION = "log_prob"
 
 LANES = 128
 LOWEST = -1e30  # stands for the maximum of nothing: finite, so that 0 times a distance from it is 0
@@ -41,40 +38,6 @@ VMEM_LIMIT_BYTES = 2**26
 def refuses(*, hidden: int, **_: Any) -> str | None:
     """Why these shapes are not supported, or None."""
     return f"the hidden size {hidden} is not a multiple of {LANES}" if hidden % LANES else None
-
-
-def forward(
-    hidden: Array, head: Array, ids: Array, scale: Array | None, chunk: int | None = None, **tiles: int
-) -> TokenStats:
-    """As ``reference.forward``; tiles: block_m and block_n, those not given from ``tiles.json``."""
-    del chunk
-    sums = functools.partial(_sums, **_sizes(hidden, head, tiles))
-    return tiled.forward(sums, hidden, head, ids, scale)
-
-
-def backward(
-    hidden: Array,
-    head: Array,
-    ids: Array,
-    scale: Array | None,
-    lse: Array,
-    entropy: Array,
-    cotangent: TokenStats,
-    chunk: int | None = None,
-    block_bytes: int | None = None,
-    **tiles: int,
-) -> tuple[Array, Array]:
-    """As ``reference.backward``, but the gradient of head is in its dtype; block_bytes as in ``tiled.backward``."""
-    del chunk
-    sizes = _sizes(hidden, head, tiles)
-    arguments = (hidden, head, ids, scale, lse, entropy, cotangent)
-    dense = functools.partial(_dense, **sizes)
-    return tiled.backward(dense, *arguments, multiple=sizes["block_n"], block_bytes=block_bytes)
-
-
-def _sizes(hidden: Array, head: Array, tiles: dict[str, int]) -> dict[str, int]:
-    shape = {"tokens": math.prod(hidden.shape[:-1]), "hidden": hidden.shape[-1], "vocabulary": head.shape[0]}
-    return {**TILES[0], **measured.lookup(OPERATION, measured.device_kind(), **shape), **tiles}
 
 
 def _sums(hidden: Array, head: Array, scale: Array, *, block_m: int, block_n: int) -> TokenSums:
@@ -177,3 +140,6 @@ def _call(
         ),
         interpret=interpret.tpu(),
     )(hidden, head, rows)
+
+
+forward, backward = tiled.halves(_sums, _dense, TILES[0])

@@ -18,12 +18,16 @@ written once, in the dtype of the head, where chunks of tokens would read and wr
 Logits are computed twice and multiplied twice: 8 N D V operations, the least without storing them.
 """
 
+import math
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from kernels import tiles as measured
 from kernels import token_stats as monoid
 from kernels.token_stats import TokenStats, TokenSums
 
@@ -33,8 +37,37 @@ Array = jax.Array
 BLOCK_BYTES_LEAST = 2**28
 BLOCK_SHARE = 32
 
-Sums = Callable[[Array, Array, Array], TokenSums]  # (hidden [N, D], head [V, D], scale [N]) -> [N], logits [N, 0]
-Dense = Callable[[Array, Array, Array], Array]  # (hidden [N, D], head [W, D], rows [5, N]) -> dz [N, W]
+Sums = Callable[..., TokenSums]  # (hidden [N, D], head [V, D], scale [N], **tiles) -> [N], logits [N, 0]
+Dense = Callable[..., Array]  # (hidden [N, D], head [W, D], rows [5, N], **tiles) -> dz [N, W]
+OPERATION = "log_prob"  # of what tiles.json records
+
+
+def halves(sums: Sums, dense: Dense, default: dict[str, int]) -> tuple[Callable[..., TokenStats], Callable]:
+    """The two functions of an implementation, from its two kernels: ``forward(..., **tiles)`` as ``reference.forward``
+    and ``backward(..., block_bytes=, **tiles)`` as ``backward`` below.
+
+    tiles: sizes by name, block_n among them; those not given are what ``tiles.json`` has for this device and shape, or
+    the default's. Chunks of tokens, as the other implementations know them, there are none.
+    """
+
+    def sizes(hidden: Array, head: Array, given: dict[str, int]) -> dict[str, int]:
+        shape = {"tokens": math.prod(hidden.shape[:-1]), "hidden": hidden.shape[-1], "vocabulary": head.shape[0]}
+        return {**default, **measured.lookup(OPERATION, measured.device_kind(), **shape), **given}
+
+    def both_forward(
+        hidden: Array, head: Array, ids: Array, scale: Array | None, chunk: int | None = None, **tiles: int
+    ) -> TokenStats:
+        del chunk
+        return forward(partial(sums, **sizes(hidden, head, tiles)), hidden, head, ids, scale)
+
+    def both_backward(
+        hidden: Array, head: Array, *others: Any, chunk: int | None = None, block_bytes: int | None = None, **tiles: int
+    ) -> tuple[Array, Array]:
+        del chunk
+        own = sizes(hidden, head, tiles)
+        return backward(partial(dense, **own), hidden, head, *others, multiple=own["block_n"], block_bytes=block_bytes)
+
+    return both_forward, both_backward
 
 
 def forward(sums: Sums, hidden: Array, head: Array, ids: Array, scale: Array | None) -> TokenStats:
