@@ -63,7 +63,8 @@ def cases(size: str, platform: str, only: Sequence[str] = OPERATIONS) -> Iterato
     of, dtype = sized(size), "float32" if platform == "cpu" else "bfloat16"
     if "advantage" in only:
         for spec in of.recurrences:
-            yield advantage_case(spec, platform)
+            for num_groups in (0, 64):
+                yield advantage_case(spec, platform, num_groups)
     if "uncertainty" in only:
         for spec in dict.fromkeys(head._replace(tokens=0) for head in of.heads):
             yield from uncertainty_cases(spec, platform)
@@ -163,18 +164,25 @@ def uncertainty_cases(spec: HeadSpec, platform: str) -> Iterator[Case]:
         )  # fmt: skip
 
 
-def advantage_case(spec: RecurrenceSpec, platform: str) -> Case:
-    """GAE; its least work is reading rewards, values, actions and segments and writing advantages and targets."""
+def advantage_case(spec: RecurrenceSpec, platform: str, num_groups: int = 0) -> Case:
+    """GAE, without and with statistics of groups, of which a row has one or two; its least work is reading rewards,
+    values, actions, segments (and groups) and writing advantages and targets."""
     rewards, values = jax.random.normal(jax.random.key(0), (2, spec.rows, spec.tokens))
     act = jnp.ones(rewards.shape, jnp.int32)
     segment = jnp.broadcast_to(1 + jnp.arange(spec.tokens) // 512, rewards.shape)
 
+    place = jnp.arange(act.size).reshape(act.shape)
+    group = place * num_groups // act.size if num_groups else None
+
     def gae(name: str) -> Callable:
-        return lambda *arguments: advantage_api.gae(*arguments, 0.99, 0.95, implementation=name)  # type: ignore[call-arg]
+        return lambda rewards, values, act, segment, group: advantage_api.gae(
+            rewards, values, act, segment, 0.99, 0.95, group=group, num_groups=num_groups, implementation=name
+        )
 
     functions = {name: gae(name) for name in runs_here(advantage_api.IMPLEMENTATIONS, platform)}
-    arguments = (rewards, values, act, segment)
-    return Case("advantage", f"{spec.name}: B={spec.rows} T={spec.tokens}", functions, arguments, 0, 24.0 * act.size)
+    shape = f"{spec.name}: B={spec.rows} T={spec.tokens}{f' in {num_groups} groups' if num_groups else ''}"
+    moved = (28.0 if num_groups else 24.0) * act.size
+    return Case("advantage", shape, functions, (rewards, values, act, segment, group), 0, moved)
 
 
 def decode_attention_case(spec: DecodeSpec, dtype: str, platform: str) -> Case:

@@ -1,7 +1,8 @@
 """Reading compiled programs: what one device multiplies, what that moves through its memory, what it tells the others.
 
 XLA's own analysis counts the body of a loop once. Here a loop counts as often as it runs, where the compiler knows how
-often; loops that end when the data say so are told apart, one turn of each.
+often, and as often as it can run where its name says that (``kernels.loops``): an upper bound. Other loops that end
+when the data say so are told apart, one turn of each.
 """
 
 import math
@@ -43,7 +44,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Counted:
-    """A program. loops: one turn of each loop of which the compiler does not know how often it runs, in order."""
+    """A program. loops: one turn of each loop of which nobody says how often it runs, in order."""
 
     once: Cost
     loops: tuple[Cost, ...] = ()
@@ -58,6 +59,9 @@ class Instruction:
     rest: str  # the attributes
 
 
+TURNS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+# Of the loop itself, not of one that it stands in; transformations set the names that they find in parentheses.
+MOST_TURNS = re.compile(r'op_name="(?:[^"]*[/(])?most_turns=(\d+)\)*/while"')
 HEAD = re.compile(r"(?:ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
 LINE = re.compile(r"\s*(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)$")
 
@@ -74,9 +78,9 @@ def read(text: str, mesh: Mapping[str, int]) -> Counted:
             if each.operation == "while":
                 inner = [visit(part) for part in re.findall(r"(?:body|condition)=%?([\w.\-]+)", each.rest)]
                 turn = sum((part.once + sum(part.loops, Cost()) for part in inner), Cost())
-                known = re.search(r'"known_trip_count":\{"n":"(\d+)"', each.rest)
-                if known:
-                    total += turn * int(known[1])
+                turns = TURNS.search(each.rest) or MOST_TURNS.search(each.rest)
+                if turns:
+                    total += turn * int(turns[1])
                 else:
                     loops.append(turn)
             elif each.operation in CALLS:

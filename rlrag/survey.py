@@ -93,7 +93,7 @@ def survey(setting: Setting, native: bool) -> Survey:
     """native: for this machine's own CPU, as it compiles; otherwise for accelerators."""
     compiler = Compiler(native, dict(setting.mesh.shape))
     setting = setting if native else accelerated(setting)
-    with nullcontext() if native else as_accelerators(setting.spec.max_tokens):
+    with nullcontext() if native else as_accelerators():
         rows, slots = setting.stage.settings.update.micro_rows, setting.spec.num_slots
         doubled = setting.resized(rows=2 * rows)
         stays, beside = accounts(setting, doubled, setting.resized(slots=2 * slots), native)
@@ -124,12 +124,11 @@ def halved(a: Architecture) -> Architecture:
 
 
 @contextmanager
-def as_accelerators(max_tokens: int) -> Iterator[None]:
-    """Logits in chunks as accelerators take them, where the CPU's size would be chosen, and attention over a whole
-    stream in one turn of its loop, which counts one turn."""
+def as_accelerators() -> Iterator[None]:
+    """Logits and cached tokens in chunks as accelerators take them, where the CPU's sizes would be chosen."""
     own, blocks = dict(log_prob.CHUNK_BYTES), dict(blocked.BLOCK_TOKENS)
     log_prob.CHUNK_BYTES.clear()
-    blocked.BLOCK_TOKENS["cpu"] = max_tokens
+    blocked.BLOCK_TOKENS.clear()
     try:
         yield
     finally:

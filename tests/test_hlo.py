@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from kernels import loops
 from rlrag.hlo import Cost, Instruction, axes_of, groups_of, num_bytes, read, sent_bytes
 from rlrag.mesh import make_mesh
 
@@ -38,6 +39,37 @@ def test_a_loop_that_the_data_end_is_told_apart():
     found = compiled(some, shape(32, 64), shape(64, 64), shape(dtype=jnp.int32))
     assert found.once.flops == 2 * 32 * 32 * 64
     assert [loop.flops for loop in found.loops] == [2 * 32 * 64 * 64]
+
+
+def test_a_loop_of_at_most_so_many_turns_counts_all_of_them():
+    """In and around others, and in a backward pass of their own: 3 layers of at most 7, and of at most 5 of 2."""
+
+    @jax.custom_vjp
+    def some(x, w, times):
+        return loops.fori_loop(0, times, lambda _, y: jnp.tanh(y @ w), x, 7)
+
+    def backward(residuals, gradient):
+        w, times = residuals
+        both = lambda _, y: loops.fori_loop(0, times, lambda _, z: jnp.tanh(z @ w.T), y, 2)  # noqa: E731
+        return loops.fori_loop(0, times, both, gradient, 5), None, None
+
+    some.defvjp(lambda x, w, times: (some(x, w, times), (w, times)), backward)
+
+    def loss(x, w, times):
+        layer = jax.checkpoint(lambda x, _: (jnp.sin(some(x, w, times)), None))
+        return jax.lax.scan(layer, x, None, length=3)[0].sum()
+
+    found = compiled(jax.value_and_grad(loss), shape(32, 64), shape(64, 64), shape(dtype=jnp.int32))
+    assert found.loops == ()
+    assert found.once.flops == 3 * (2 * 7 + 5 * 2) * 2 * 32 * 64 * 64  # forward, and again before backward
+
+
+def test_the_bound_of_a_mapped_loop_is_read():
+    def some(x, w, times):
+        return jax.vmap(lambda y: loops.fori_loop(0, times, lambda _, z: jnp.tanh(w @ z), y, 7))(x)
+
+    found = compiled(some, shape(32, 64), shape(64, 64), shape(dtype=jnp.int32))
+    assert (found.loops, found.once.flops) == ((), 7 * 2 * 32 * 64 * 64)
 
 
 def test_of_branches_the_most_expensive_counts():

@@ -36,7 +36,7 @@ def test_lines_meet_programs_as_large_as_they_are(tmp_path):
         large = accelerated(setting).resized(rows=3 * found.rows, slots=many)
         exact, line = account(large), found.account(3 * found.rows, many)
         compiler = Compiler(False, found.mesh)
-        with as_accelerators(large.spec.max_tokens):
+        with as_accelerators():
             update = compiler.update(large, apply=False)
             same = compiler.compile(lower_rollout(large.resized(slots=found.slots)))
             wide = lower_rollout(large)["advance"].compile(compiler.options)

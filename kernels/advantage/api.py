@@ -9,6 +9,10 @@ Both are one linear recurrence along T, run backwards, y_t = b_t + c_t y_(t+1) (
 Time, for the discount, therefore counts actions, not tokens read. Pass episode ids as ``segment`` to let credit flow
 across the calls of an episode that lie one after the other in a row. The end of a segment is the end of the
 episode: nothing is bootstrapped behind it. Callers who train on the result stop its gradient.
+
+Moments of the advantages come with them, by row and, where tokens are given groups, by group: what whitening and
+baselines want, from the same read. A token counts in the group that is given to it: a return that is to count once an
+episode has its group on the episode's first action, and -1 on the others.
 """
 
 import functools
@@ -42,6 +46,8 @@ def returns(
     segment: Array,
     gamma: float | Array,
     *,
+    group: Array | None = None,
+    num_groups: int = 0,
     implementation: str | None = None,
 ) -> Advantages:
     """Discounted return of every action token, G_t = r_t + gamma G_(next action), as ``advantages`` and their moments.
@@ -51,9 +57,12 @@ def returns(
       act: [B, T] action where > 0.
       segment: [B, T] int; 0 is padding, neighbours with equal ids are one segment.
       gamma: discount per action.
+      group: [B, T] int in 0 ... num_groups - 1 of what each action token counts for in ``groups``; others for none.
+        None: ``groups`` is None.
+      num_groups: static.
       implementation: a name, or None for the best on this platform.
     """
-    return _dispatched(rewards, None, act, segment, gamma, 1.0, implementation)
+    return _dispatched(rewards, None, act, segment, gamma, 1.0, group, num_groups, implementation)
 
 
 def gae(
@@ -64,6 +73,8 @@ def gae(
     gamma: float | Array,
     lam: float | Array,
     *,
+    group: Array | None = None,
+    num_groups: int = 0,
     implementation: str | None = None,
 ) -> Advantages:
     """Generalised advantages and value targets of action tokens, 0 on others, and the moments of each row's advantages.
@@ -74,9 +85,9 @@ def gae(
     Args:
       values: [B, T]; read on action tokens only.
       lam: the lambda of GAE.
-      rewards, act, segment, gamma, implementation: as in ``returns``.
+      rewards, act, segment, gamma, group, num_groups, implementation: as in ``returns``.
     """
-    return _dispatched(rewards, values, act, segment, gamma, lam, implementation)
+    return _dispatched(rewards, values, act, segment, gamma, lam, group, num_groups, implementation)
 
 
 def _dispatched(
@@ -86,15 +97,24 @@ def _dispatched(
     segment: Array,
     gamma: float | Array,
     lam: float | Array,
+    group: Array | None,
+    num_groups: int,
     implementation: str | None,
 ) -> Advantages:
-    given = [each.shape for each in (rewards, act, segment, values) if each is not None]
+    given = [each.shape for each in (rewards, act, segment, values, group) if each is not None]
     if rewards.ndim != 2 or len(set(given)) > 1:
-        raise ValueError(f"rewards, act, segment and values must all be [B, T], got {', '.join(map(str, given))}")
+        shapes = ", ".join(map(str, given))
+        raise ValueError(f"rewards, act, segment, values and group must all be [B, T], got {shapes}")
+    if (group is None) != (num_groups == 0):
+        raise ValueError(f"num_groups is {num_groups}: give it with group, and neither without the other")
     rows, tokens = rewards.shape
-    choice = dispatch.choose("advantage", IMPLEMENTATIONS, implementation, rows=rows, tokens=tokens)
+    choice = dispatch.choose(
+        "advantage", IMPLEMENTATIONS, implementation, rows=rows, tokens=tokens, num_groups=num_groups
+    )
     values = None if values is None else values.astype(jnp.float32)
     integers = (each.astype(jnp.int32) for each in (act, segment))
     discounts = (jnp.asarray(each, jnp.float32) for each in (gamma, lam))
-    arguments = rewards.astype(jnp.float32), values, *integers, *discounts
-    return dispatch.call(IMPLEMENTATIONS, choice, lambda run: run, *arguments)
+    group = None if group is None else group.astype(jnp.int32)
+    arguments = rewards.astype(jnp.float32), values, *integers, *discounts, group
+    with_groups = functools.partial(functools.partial, num_groups=num_groups)
+    return dispatch.call(IMPLEMENTATIONS, choice, with_groups, *arguments)

@@ -4,10 +4,24 @@ Segment sums, not a reshape to [groups, members]: members of a group may lie on 
 and their number may differ (failed episodes are not valid).
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
+from kernels.advantage.terms import Moments, moments
+
 Array = jax.Array
+
+
+def group_moments(values: Array, group: Array, valid: Array, num_groups: int) -> Moments:
+    """Count, mean and summed squared distances of each group, float32 [num_groups].
+
+    values [N]; group [N] int, outside 0 ... num_groups - 1: no group's; valid [N] bool: the others do not count.
+    """
+    inside = valid & (group >= 0) & (group < num_groups)
+    total = functools.partial(_group_sum, group=group, num_groups=num_groups)
+    return moments(values, inside.astype(jnp.float32), total, lambda found: found[group])
 
 
 def group_zscore(
@@ -39,13 +53,12 @@ def group_zscore(
     if ddof not in (0, 1):
         raise ValueError(f"ddof must be 0 (population) or 1 (sample), got {ddof}")
     rewards, valid = _checked(rewards, group, valid, num_groups)
-    count = _group_sum(valid.astype(jnp.float32), group, num_groups)
-    mean = _group_sum(rewards, group, num_groups) / jnp.maximum(count, 1)
+    count, mean, spread = group_moments(rewards, group, valid, num_groups)
     centred = jnp.where(valid, rewards - mean[group], 0)
     informative = valid & _differs(rewards, group, valid, num_groups)
     if not divide:
         return jnp.where(informative, centred, 0)
-    variance = _group_sum(centred**2, group, num_groups) / jnp.maximum(count - ddof, 1)
+    variance = spread / jnp.maximum(count - ddof, 1)
     return jnp.where(informative, centred / (jnp.sqrt(variance) + epsilon)[group], 0)
 
 

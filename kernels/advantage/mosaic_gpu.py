@@ -2,7 +2,8 @@
 
 Inside a chunk the recurrence is solved in log2(tokens) doubling steps (Hillis & Steele 1986), each of which reads the
 pairs (b, c) of later tokens from shared memory; what a chunk hands to the one before it is one number. Moments are
-taken of each chunk in registers and merged. Bound by memory: 24 bytes a token. Checked in the interpreter and lowered
+taken of each chunk in registers and merged; those of groups into a table that lies over the threads, of which every
+row writes one. Bound by memory: 24 bytes a token, 28 with groups. Checked in the interpreter and lowered
 for CUDA in the tests; not run on hardware.
 
 Tiles are looked up as "advantage", by rows and tokens.
@@ -18,17 +19,20 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels import interpret, tiles
-from kernels.advantage.terms import Advantages, Moments, advantages, handed, structure
+from kernels.advantage.terms import Advantages, Moments, advantages, by_group, handed, moments, structure
 
 Array = jax.Array
 
 LANES = 128  # threads of a warpgroup; a chunk is a multiple
 TILES = tuple({"chunk": chunk} for chunk in (256, 512, 1024, 2048))
 DEFAULT = {"chunk": 1024}
+MOST_GROUPS = 2048  # three registers of a thread for every 128
 
 
-def refuses(rows: int, tokens: int) -> str | None:
+def refuses(rows: int, tokens: int, num_groups: int = 0) -> str | None:
     """Why these shapes are not supported, or None."""
+    if num_groups > MOST_GROUPS:
+        return f"there must be at most {MOST_GROUPS} groups, got {num_groups}"
     return None if tokens % LANES == 0 else f"tokens of a row must be a multiple of {LANES}, got {tokens}"
 
 
@@ -39,6 +43,8 @@ def gae(
     segment: Array,
     gamma: Array,
     lam: Array,
+    group: Array | None = None,
+    num_groups: int = 0,
     tile: dict[str, int] | None = None,
 ) -> Advantages:
     """As ``recurrent.gae``."""
@@ -46,23 +52,28 @@ def gae(
     tile = tile or DEFAULT | tiles.lookup("advantage", tiles.device_kind(), rows=rows, tokens=tokens)
     chunk = math.gcd(tokens, tile["chunk"])
     buffer = plgpu.SMEM((2 * chunk,), jnp.float32)
-    per_token, per_row = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((rows, tokens), (rows,)))
-    inputs = (rewards, act, segment) if values is None else (rewards, act, segment, values)
-    advantage, target, *moments = plgpu.kernel(
-        functools.partial(_row, chunk=chunk, has_values=values is not None),
-        out_type=(*[per_token] * 2, *[per_row] * 3),
+    places = -(-num_groups // LANES) * LANES
+    per_token, per_row, per_group = (
+        jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((rows, tokens), (rows,), (rows, places))
+    )
+    inputs = [each for each in (rewards, act, segment, values, group) if each is not None]
+    advantage, target, *measured = plgpu.kernel(
+        functools.partial(_row, chunk=chunk, has_values=values is not None, num_groups=num_groups),
+        out_type=(*[per_token] * 2, *[per_row] * 3, *[per_group] * (3 if num_groups else 0)),
         grid=(rows,),
         grid_names=("row",),
         scratch_types=(buffer, buffer, plgpu.SMEM((2 * chunk,), jnp.int32)),
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
         interpret=interpret.gpu(),
     )(*inputs, jnp.stack([gamma, lam]).astype(jnp.float32))
-    return Advantages(advantage, target, Moments(*moments))
+    groups = Moments(*(each[:, :num_groups] for each in measured[3:])).merged(0) if num_groups else None
+    return Advantages(advantage, target, Moments(*measured[:3]), groups)
 
 
-def _row(rewards, act, segment, *rest, chunk: int, has_values: bool) -> None:
+def _row(rewards, act, segment, *rest, chunk: int, has_values: bool, num_groups: int) -> None:
     values, rest = (rest[0], rest[1:]) if has_values else (None, rest)
-    discounts, advantage, target, count, mean, spread, b_of, c_of, segment_of = rest
+    group, rest = (rest[0], rest[1:]) if num_groups else (None, rest)
+    discounts, advantage, target, count, mean, spread, *of_groups, b_of, c_of, segment_of = rest
     row = lax.axis_index("row")
     gamma, lam = discounts[0], discounts[1]
     num_chunks = rewards.shape[1] // chunk
@@ -72,7 +83,7 @@ def _row(rewards, act, segment, *rest, chunk: int, has_values: bool) -> None:
         return _single(buffer[pl.ds(distance, chunk)])
 
     def step(number: Array, carry: tuple) -> tuple:
-        handed_on, segment_behind, total = carry
+        handed_on, segment_behind, total, table = carry
         here = pl.ds((num_chunks - 1 - number) * chunk, chunk)
         reward, acts, segments = (_single(each[row, here]) for each in (rewards, act, segment))
         value = 0.0 if values is None else _single(values[row, here])
@@ -90,16 +101,19 @@ def _row(rewards, act, segment, *rest, chunk: int, has_values: bool) -> None:
         a, targets = advantages(reward, value, action, continues, later(b_of, 1))
         advantage[row, here], target[row, here] = a, targets
 
-        weight = jnp.where(action, 1.0, 0.0)
-        number_here = jnp.sum(weight)
-        mean_here = jnp.sum(a) / jnp.maximum(number_here, 1.0)
-        of_chunk = Moments(number_here, mean_here, jnp.sum(weight * (a - mean_here) * (a - mean_here)))
-        return b_of[0], segment_of[0], total.joined(of_chunk)
+        total = total.joined(moments(a, jnp.where(action, 1.0, 0.0)))
+        if group is not None:
+            place = lax.broadcasted_iota(jnp.int32, table.count.shape, 0)
+            table = by_group(table, a, action, _single(group[row, here]), num_groups, place)
+        return b_of[0], segment_of[0], total, table
 
     zero = jnp.float32(0)
-    start = zero, jnp.int32(0), Moments(zero, zero, zero)
-    total = lax.fori_loop(0, num_chunks, step, start)[2]
+    table = Moments(*(jnp.zeros(each.shape[1]) for each in of_groups)) if of_groups else None
+    start = zero, jnp.int32(0), Moments(zero, zero, zero), table
+    total, table = lax.fori_loop(0, num_chunks, step, start)[2:]
     count[row], mean[row], spread[row] = total
+    for ref, found in zip(of_groups, table or (), strict=True):
+        ref[row, :] = found
 
 
 def _single(values: Array) -> Array:

@@ -1,11 +1,13 @@
 """Generalised advantages in XLA around any solver of the linear recurrence."""
 
+import functools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
-from kernels.advantage.terms import Advantages, Moments, advantages, handed, structure
+from kernels.advantage.group import group_moments
+from kernels.advantage.terms import Advantages, Moments, advantages, handed, moments, structure
 
 Array = jax.Array
 
@@ -18,6 +20,8 @@ def gae(
     segment: Array,
     gamma: Array,
     lam: Array,
+    group: Array | None = None,
+    num_groups: int = 0,
 ) -> Advantages:
     """An implementation of ``advantage`` is a function with the arguments after the first.
 
@@ -26,15 +30,18 @@ def gae(
       rewards, values: float32 [B, T]; values None: all 0, which with lam = 1 gives returns.
       act, segment: int32 [B, T], see ``api``.
       gamma, lam: float32 [].
+      group: int32 [B, T] or None, see ``api``; num_groups: static.
     """
     action, continues = structure(act, segment, _later(segment))
     value = 0.0 if values is None else values
     behind = _later(recurrence(*handed(rewards, value, action, continues, gamma, lam)))
     advantage, target = advantages(rewards, value, action, continues, behind)
-    count = action.sum(-1, dtype=jnp.float32)
-    mean = advantage.sum(-1) / jnp.maximum(count, 1)
-    spread = jnp.where(action, jnp.square(advantage - mean[:, None]), 0).sum(-1)
-    return Advantages(advantage, target, Moments(count, mean, spread))
+    own = moments(advantage, action.astype(jnp.float32), functools.partial(jnp.sum, axis=1, keepdims=True))
+    groups = None
+    if group is not None:
+        of_row = functools.partial(group_moments, num_groups=num_groups)
+        groups = jax.vmap(of_row)(advantage, group, action).merged(0)
+    return Advantages(advantage, target, Moments(*(each[:, 0] for each in own)), groups)
 
 
 def _later(x: Array) -> Array:

@@ -4,6 +4,7 @@ live slot: what is read follows the tokens that there are, not the room that the
 import jax
 import jax.numpy as jnp
 
+from kernels import loops
 from kernels.decode_attention.reference import MASKED, visible
 
 Array = jax.Array
@@ -20,8 +21,8 @@ def attend(
 ) -> Array:  # fmt: skip
     """As ``reference.attend``. The loop's trip count is dynamic, so one compilation serves all lengths."""
     B, N, H = query.shape
-    K = keys.shape[0]
-    block_tokens = block_tokens or BLOCK_TOKENS.get(jax.default_backend(), BLOCK_TOKENS_DEFAULT)
+    K, room = keys.shape[0], table.shape[1] * page_size
+    block_tokens = min(room, block_tokens or BLOCK_TOKENS.get(jax.default_backend(), BLOCK_TOKENS_DEFAULT))
     # Pages longer than a block are read in pieces, shorter ones several at a time.
     piece = next(size for size in range(min(page_size, block_tokens), 0, -1) if page_size % size == 0)
     pieces_per_page, pieces = page_size // piece, max(1, block_tokens // piece)
@@ -51,6 +52,6 @@ def attend(
     end = -(-jnp.max(length) // block)
     shape = K, B, N // K
     start = jnp.zeros((*shape, H), jnp.float32), jnp.full(shape, MASKED), jnp.zeros(shape, jnp.float32)
-    total, _, sums = jax.lax.fori_loop(begin, end, step, start)
+    total, _, sums = loops.fori_loop(begin, end, step, start, -(-room // block))
     out = total / jnp.where(sums > 0, sums, 1)[..., None]
     return out.astype(query.dtype).transpose(1, 0, 2, 3).reshape(B, N, H)

@@ -18,6 +18,8 @@ the G queries of the group. All that counts is to keep loads in flight, so the k
   (Dao et al. 2023, flash-decoding), in float32.
 
 Checked in the GPU interpreter and lowered for CUDA on CPU. Not run on hardware.
+
+Tiles are looked up as "decode_attention", by slots, kv heads, queries of a group, head dim and room for tokens.
 """
 
 import math
@@ -38,7 +40,9 @@ Array = jax.Array
 ROWS = 64  # of a wgmma product; queries of a group at most
 TILE = 64  # tokens a turn
 LOG2E = math.log2(math.e)
-SETTINGS = {"tokens": 1024, "stages": 3}  # where tiles.json says nothing, under "decode_attention"
+# Tokens of a part, a multiple of TILE; tiles under way, of 32 KiB each at H = 128.
+TILES = tuple({"tokens": tokens, "stages": stages} for tokens in (512, 1024, 2048) for stages in (2, 3, 4, 6))
+DEFAULT = {"tokens": 1024, "stages": 3}
 
 
 def refuses(dtype: jnp.dtype, heads: int, kv_heads: int, head_dim: int, page_size: int) -> str | None:
@@ -55,18 +59,17 @@ def refuses(dtype: jnp.dtype, heads: int, kv_heads: int, head_dim: int, page_siz
 
 def attend(
     query: Array, keys: Array, values: Array, table: Array, length: Array, *, page_size: int, window: int | None,
-    tokens: int | None = None, stages: int | None = None,
+    tile: dict[str, int] | None = None,
 ) -> Array:  # fmt: skip
-    """As ``reference.attend``. tokens: of a part, a multiple of 64; stages: tiles under way."""
+    """As ``reference.attend``."""
     B, N, H = query.shape
     K = keys.shape[0]
     room = table.shape[1] * page_size
-    found = SETTINGS | tiles.lookup(
+    tile = tile or DEFAULT | tiles.lookup(
         "decode_attention", tiles.device_kind(), slots=B, kv_heads=K, group=N // K, head_dim=H, tokens=room
     )
-    tokens, stages = tokens or found["tokens"], stages or found["stages"]
-    if tokens % TILE:
-        raise ValueError(f"parts of {tokens} tokens are no multiple of the {TILE} of a tile")
+    tokens, stages = tile["tokens"], tile["stages"]
+    assert tokens % TILE == 0, tile
     group = -(-(N // K) // 8) * 8  # rows of shared memory are copied in eights
     q = jnp.pad(query.reshape(B, K, N // K, H), ((0, 0), (0, 0), (0, group - N // K), (0, 0)))
     parts = -(-min(room, window + TILE if window else room) // tokens)

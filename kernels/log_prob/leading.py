@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from kernels import loops
 from kernels.log_prob import chunked
 from kernels.token_stats import TokenStats
 
@@ -31,7 +32,7 @@ def forward(
 
     zeros = jnp.zeros((rows, hidden.shape[1]), jnp.float32)
     initial = TokenStats(zeros, zeros, zeros, jnp.zeros((*zeros.shape, num_wanted), jnp.float32))
-    stats = lax.fori_loop(0, _turns(count, chunk), step, initial)
+    stats = loops.fori_loop(0, _turns(count, chunk), step, initial, hidden.shape[1] // chunk)
     return jax.tree.map(lambda each: each[:, :tokens], stats)
 
 
@@ -50,7 +51,8 @@ def backward(
         return _written(grad_hidden, grad_hidden_chunk, number * chunk), grad_head + grad_head_chunk
 
     initial = jnp.zeros_like(padded[0]), jnp.zeros(head.shape, jnp.float32)
-    grad_hidden, grad_head = lax.fori_loop(0, _turns(count, chunk), step, initial)
+    most = padded[0].shape[1] // chunk
+    grad_hidden, grad_head = loops.fori_loop(0, _turns(count, chunk), step, initial, most)
     return grad_hidden[:, :tokens], grad_head
 
 

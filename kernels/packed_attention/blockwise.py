@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from kernels import loops
 from kernels.packed_attention.sharded import by_rows
 from kernels.packed_attention.visibility import Visibility, live_blocks, seen
 
@@ -78,7 +79,7 @@ def forward(
 
         shape = q_block.shape[:2]
         initial = jnp.full(shape, MASKED), jnp.zeros(shape), jnp.zeros(q_block.shape)
-        highest, total, mixed = lax.fori_loop(0, blocks.count[row, i], step, initial)
+        highest, total, mixed = loops.fori_loop(0, blocks.count[row, i], step, initial, blocks.most)
         out, lse = outputs
         out = lax.dynamic_update_slice(out, (mixed / total[..., None])[None, None], (row, i, 0, 0, 0))
         return out, lax.dynamic_update_slice(lse, (highest + jnp.log(total))[None, None], (row, i, 0, 0))
@@ -119,7 +120,8 @@ def backward(
             return dq, dk, dv
 
         dq, dk, dv = gradients
-        own, dk, dv = lax.fori_loop(0, blocks.count[row, i], step, (jnp.zeros(q_block.shape), dk, dv))
+        start = jnp.zeros(q_block.shape), dk, dv
+        own, dk, dv = loops.fori_loop(0, blocks.count[row, i], step, start, blocks.most)
         return lax.dynamic_update_slice(dq, own[None, None], (row, i, 0, 0, 0)), dk, dv
 
     initial = jnp.zeros(q.shape), jnp.zeros(k.shape), jnp.zeros(v.shape)
@@ -149,6 +151,7 @@ class _Blocks:
         self.visible = visible.padded(self.padding)
         live = live_blocks(self.visible, *sizes)  # [B, i, j]
         self.count = jnp.sum(live, -1, dtype=jnp.int32)
+        self.most = live.shape[2]  # key blocks; those above the diagonal, which none walks, are among them
         self.order = jnp.argsort(~live, axis=-1, stable=True).astype(jnp.int32)
 
     def masked(self, scores: Array, row: Array, i: Array, j: Array) -> Array:

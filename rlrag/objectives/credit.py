@@ -169,7 +169,7 @@ def returns(
                 mean = (paid.reward - centred)[jnp.maximum(batch.segments.episode, 0)]
                 rewards = jnp.where(jnp.any(batch.segments.valid, -1), rewards - mean, 0.0)
             tokens = token_rewards(batch, rewards) + kl_penalty(scored, batch, kl_reward)
-            weight, _, moments = of_rows(discounted_returns, tokens, batch.act, batch.segment, gamma=gamma)
+            weight, _, moments, _ = of_rows(discounted_returns, tokens, batch.act, batch.segment, gamma=gamma)
             weight = whitened(weight, batch.trained, moments) if whiten else weight
             batches[name] = replace(batch, weight=weight)
             metrics[name] = group_metrics(paid, scored.num_groups) | kl_metrics(batch, kl_reward)
@@ -186,7 +186,7 @@ def gae(gamma: float = 1.0, lam: float = 1.0, whiten: bool = True, kl_reward: Es
         batches, metrics = {}, {}
         for name, batch in scored.batches.items():
             rewards = token_rewards(batch, segment_rewards(batch)) + kl_penalty(scored, batch, kl_reward)
-            weight, target, moments = of_rows(
+            weight, target, moments, _ = of_rows(
                 generalized_advantages, rewards, batch.value, batch.act, batch.segment, gamma=gamma, lam=lam
             )
             weight = whitened(weight, batch.trained, moments) if whiten else weight

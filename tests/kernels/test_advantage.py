@@ -16,7 +16,7 @@ KERNELS = {
     "mosaic_gpu": functools.partial(mosaic_gpu.gae, tile={"chunk": 128}),
     "mosaic_tpu": mosaic_tpu.gae,
 }
-RETURNS, GAE = (jax.jit(each, static_argnames="implementation") for each in (returns, gae))
+RETURNS, GAE = (jax.jit(each, static_argnames=("implementation", "num_groups")) for each in (returns, gae))
 GAMMA, LAM = 0.9, 0.8
 
 
@@ -104,6 +104,35 @@ def test_moments_of_nothing_are_zero_and_an_offset_costs_no_digits(implementatio
     np.testing.assert_allclose(got.spread[1:] / got.count[1:], spread, rtol=1e-4)
 
 
+NUM_GROUPS = 130  # more than a vector of lanes holds
+
+
+def test_moments_by_group_equal_those_of_float64(implementation):
+    """Rewards 1000 +- 0.1; groups that cross rows and chunks, of one token, of none, and ids that are no group's."""
+    rng = np.random.default_rng(4)
+    _, _, act, segment = packed(4)
+    rewards = (1000 + rng.choice([0, 0.1], segment.shape)).astype(np.float32)
+    group = segment // 3 % 7 + 1
+    group[segment % 5 == 0] = NUM_GROUPS - 1
+    group[0, :2], act[0, :2], group[1, ::7], group[2, ::7] = 100, (1, 0), -1, NUM_GROUPS
+    call = functools.partial(RETURNS, gamma=0.0, implementation=implementation)
+    got = call(rewards, act, segment, group=group, num_groups=NUM_GROUPS)
+    plain = call(rewards, act, segment)
+    assert plain.groups is None
+    np.testing.assert_array_equal(got.advantages, plain.advantages)
+    counted = (act > 0) & (segment > 0)
+    for name in range(NUM_GROUPS):
+        inside = np.float64(rewards[counted & (group == name)])
+        count, mean, spread = (float(each[name]) for each in got.groups)
+        assert count == len(inside)
+        if len(inside):
+            assert mean == pytest.approx(inside.mean(), abs=7e-5), "a unit in the last place"
+            assert spread == pytest.approx(inside.var() * len(inside), rel=1e-4, abs=1e-6)
+        else:
+            assert mean == spread == 0
+    assert [float(got.groups.count[name]) for name in (0, 100)] == [0, 1]
+
+
 def test_documents_of_any_length_change_nothing(implementation):
     """The same actions with and without observed tokens between them earn the same."""
     rewards, values = (jnp.zeros((1, 128)).at[0, :3].set(jnp.array(x)) for x in ([0.5, 0, 1], [0.1, 0.2, 0.3]))
@@ -136,15 +165,18 @@ def test_kernels_lower_for_their_platform_at_real_shapes(kernel, platform, spec)
     assert kernel.refuses(spec.rows, spec.tokens) is None
     floats, ints = (jax.ShapeDtypeStruct((spec.rows, spec.tokens), dtype) for dtype in (jnp.float32, jnp.int32))
     number = jax.ShapeDtypeStruct((), jnp.float32)
-    traced = jax.jit(kernel.gae).trace(floats, floats, ints, ints, number, number)
+    traced = jax.jit(kernel.gae, static_argnums=7).trace(floats, floats, ints, ints, number, number, ints, 64)
     assert "custom_call" in traced.lower(lowering_platforms=(platform,)).as_text()
     assert "128" in kernel.refuses(spec.rows, 100)
+    assert "got 4096" in kernel.refuses(spec.rows, spec.tokens, 4096)
 
 
 def test_wrong_arguments_name_the_values():
     rewards = jnp.zeros((2, 3))
     with pytest.raises(ValueError, match=r"\(2, 3\), \(2, 4\), \(2, 3\)"):
         returns(rewards, jnp.zeros((2, 4)), rewards, 1.0)
+    with pytest.raises(ValueError, match="num_groups is 0: give it with group"):
+        returns(rewards, rewards, rewards, 1.0, group=rewards)
     with pytest.raises(ValueError, match="there are mosaic_gpu, mosaic_tpu, associative, reference"):
         gae(rewards, rewards, rewards, rewards, 1.0, 1.0, implementation="fused")
     with interpret.interpreted(), pytest.raises(ValueError, match="multiple of 128, got 3"):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels import arg_specs, dispatch, interpret
+from kernels import arg_specs, dispatch, interpret, tuning
 from kernels.decode_attention import blocked, decode_attention, mosaic_gpu, mosaic_tpu
 from kernels.decode_attention.api import IMPLEMENTATIONS
 
@@ -105,15 +105,17 @@ def test_equals_float64(name, case, dtype):
 @pytest.mark.parametrize("name", KERNELS)
 def test_kernels_equal_float64(name, case, monkeypatch):
     """One part a slot, so that a slot's tiles outnumber the stages."""
-    monkeypatch.setitem(mosaic_gpu.SETTINGS, "stages", 2)
+    monkeypatch.setitem(mosaic_gpu.DEFAULT, "stages", 2)
     dtype = jnp.float32 if (name, case) == ("mosaic_tpu", "short pages") else jnp.bfloat16
     check(CASES[case], name, dtype)
 
 
 @pytest.mark.parametrize("case", ["ragged", "window"])
-def test_parts_are_merged(case, monkeypatch):
-    monkeypatch.setitem(mosaic_gpu.SETTINGS, "tokens", 64)
-    check(CASES[case], "mosaic_gpu", jnp.bfloat16)
+def test_parts_are_merged(case):
+    """As short as the table of tiles says."""
+    with tuning.answered({"tokens": 64}) as asked:
+        check(CASES[case], "mosaic_gpu", jnp.bfloat16)
+    assert asked == {("decode_attention", "group=2 head_dim=64 kv_heads=2 slots=8 tokens=256")}
 
 
 def test_the_memory_model_of_tpu_finds_no_race():
@@ -145,17 +147,28 @@ def test_blocked_needs_no_room_for_what_might_be_read():
     assert temporary(96) == temporary(12)
 
 
+def lowered(name: str, platform: str, spec: arg_specs.DecodeSpec, page_size: int = 64, **tile) -> str:
+    shape = jax.ShapeDtypeStruct
+    store = shape((spec.kv_heads, 2 * spec.longest, spec.head_dim), jnp.bfloat16)
+    query = shape((spec.slots, spec.heads, spec.head_dim), jnp.bfloat16)
+    table, length = shape((spec.slots, spec.longest // page_size), jnp.int32), shape((spec.slots,), jnp.int32)
+    attend = jax.jit(partial(IMPLEMENTATIONS[name].run, page_size=page_size, window=None, **tile))
+    return attend.trace(query, store, store, table, length).lower(lowering_platforms=(platform,)).as_text()
+
+
 @pytest.mark.parametrize("spec", arg_specs.DECODES, ids=lambda spec: spec.name)
 @pytest.mark.parametrize(("name", "platform"), [("mosaic_gpu", "cuda"), ("mosaic_tpu", "tpu")])
 def test_kernels_lower_for_their_platform(name, platform, spec):
     """Real shapes. What the interpreter does not see: layouts, shared memory's swizzles, operands of wgmma."""
-    shape, page_size = jax.ShapeDtypeStruct, 64
-    store = shape((spec.kv_heads, 2 * spec.longest, spec.head_dim), jnp.bfloat16)
-    query = shape((spec.slots, spec.heads, spec.head_dim), jnp.bfloat16)
-    table, length = shape((spec.slots, spec.longest // page_size), jnp.int32), shape((spec.slots,), jnp.int32)
-    attend = jax.jit(partial(IMPLEMENTATIONS[name].run, page_size=page_size, window=None))
-    text = attend.trace(query, store, store, table, length).lower(lowering_platforms=(platform,)).as_text()
+    text = lowered(name, platform, spec)
     assert "custom_call @" + {"cuda": "mosaic_gpu", "tpu": "tpu_custom_call"}[platform] in text
+
+
+@pytest.mark.parametrize("tile", [mosaic_gpu.TILES[0], mosaic_gpu.TILES[-1]], ids=str)
+def test_tiles_that_are_tried_fit(tile):
+    """At H = 128, where shared memory is shortest; and the bench finds them."""
+    assert "mosaic_gpu" in lowered("mosaic_gpu", "cuda", arg_specs.DECODES[1], tile=tile)
+    assert tuning.tileable("cuda")["decode_attention"] == {"mosaic_gpu": mosaic_gpu}
 
 
 @pytest.mark.parametrize(

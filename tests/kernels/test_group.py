@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels.advantage import group_leave_one_out, group_zscore
+from kernels.advantage import group_leave_one_out, group_moments, group_zscore
 
 NUM_GROUPS = 6
 
@@ -56,6 +56,19 @@ def test_groups_that_say_nothing_give_exactly_zero():
 def test_zscore_keeps_precision_under_a_large_common_reward():
     rewards, group = jnp.array([1000.0, 1001.0, 1002.0]), jnp.zeros(3, jnp.int32)
     np.testing.assert_allclose(group_zscore(rewards, group, group == 0, 1), [-1, 0, 1], rtol=1e-5)
+
+
+def test_moments_of_many_rewards_are_those_of_float64():
+    """What the order of a float32 sum has cost the mean is given back."""
+    rng = np.random.default_rng(0)
+    rewards, group = (1000 + rng.choice([0, 0.1], 20_000)).astype(np.float32), np.arange(20_000) % 3
+    got = jax.jit(functools.partial(group_moments, num_groups=3))(rewards, group - 1, group > 0)
+    for name in range(2):
+        inside = np.float64(rewards[group == name + 1])
+        assert got.count[name] == len(inside)
+        np.testing.assert_allclose(got.mean[name], inside.mean(), rtol=1e-7)
+        np.testing.assert_allclose(got.spread[name], inside.var() * len(inside), rtol=1e-4)
+    assert [float(each[2]) for each in got] == [0, 0, 0]
 
 
 def test_leave_one_out_equals_a_loop_over_groups():

@@ -23,7 +23,7 @@ def tiled(tmp_path, monkeypatch):
     monkeypatch.setattr(tiles, "PATH", path)
     tiles.read.cache_clear()
 
-    def recurrence(*arguments):
+    def recurrence(*arguments, num_groups):
         rows, tokens = arguments[0].shape
         found = tiles.lookup("advantage", tiles.device_kind(), rows=rows, tokens=tokens)
         if found == BROKEN:
@@ -34,7 +34,7 @@ def tiled(tmp_path, monkeypatch):
             time.sleep(wait)
             return y
 
-        y = advantage_api.IMPLEMENTATIONS["reference"].run(*arguments)
+        y = advantage_api.IMPLEMENTATIONS["reference"].run(*arguments, num_groups=num_groups)
         return jax.pure_callback(slept, y, y)
 
     module = SimpleNamespace(TILES=(SLOW, BROKEN, FAST))
