@@ -104,7 +104,7 @@ RULES = {
     "rlrag.plan_report": Rule("rlrag.plan rlrag.survey rlrag.hlo rlrag.devices", "jax"),
     "rlrag.train": Rule("kernels rlrag", "jax numpy flax optax grain rich matplotlib"),
     "rlrag.speed": Rule(
-        "rlrag.speed rlrag.rollout rlrag.model rlrag.objectives rlrag.mesh rlrag.metrics rlrag.packing "
+        "rlrag.speed rlrag.rollout rlrag.model rlrag.objectives rlrag.batch rlrag.mesh rlrag.metrics rlrag.packing "
         "rlrag.rewards.paid rlrag.agents.workflow rlrag.trajectory kernels",
         "jax numpy",
     ),
@@ -135,13 +135,11 @@ RULES = {
     "launch.peers.ours": Rule("launch.peers kernels rlrag", "jax numpy"),
     "launch.peers.tunix": Rule("launch.peers", "tunix jax numpy flax optax transformers"),
     "launch.peers.hugging_face": Rule("launch.peers", "torch transformers trl datasets"),
-    "launch.update_bench": Rule("launch kernels rlrag", "absl jax flax optax numpy"),
 }
 
 # Modules that run wherever jax, flax, optax, numpy and absl do, counting all that importing them imports of ours.
 CORE = (
     "kernels", "rlrag.model", "rlrag.rollout", "rlrag.objectives", "rlrag.speed", "launch.bench", "launch.bench_gpu",
-    "launch.update_bench",
 )  # fmt: skip
 NOT_CORE = ("rlrag.model.hf", "rlrag.model.hf_export", "rlrag.model.peft")
 CORE_OTHERS = "jax flax optax numpy absl"
