@@ -133,6 +133,8 @@ RULES = {
     # Contenders run in environments that lack each other's packages.
     "launch.peers": Rule("launch.peers", ""),
     "launch.peers.ours": Rule("launch.peers kernels rlrag", "jax numpy"),
+    "launch.peers.pairs": Rule("kernels rlrag", "jax numpy"),
+    "launch.peers.traps": Rule("launch.peers", "jax numpy"),
     "launch.peers.tunix": Rule("launch.peers", "tunix jax numpy flax optax transformers"),
     "launch.peers.hugging_face": Rule("launch.peers", "torch transformers trl datasets"),
 }
@@ -155,7 +157,7 @@ MOST_LINES = 450
 TESTED_TOGETHER = tuple(
     f"kernels/{name}" for name in ("advantage", "decode_attention", "log_prob", "packed_attention", "uncertainty")
 )
-PEERS = ("workloads", "protocol", "report", "ours", "tunix", "hugging_face")
+PEERS = ("workloads", "protocol", "report", "ours", "tunix", "hugging_face", "pairs", "traps")
 # Modules whose cases stand in the test file of the room they serve, which imports them or is their only way in.
 TESTED_WITH = {
     **{f"launch/peers/{name}.py": "tests/launch/test_bench_peers.py" for name in PEERS},
