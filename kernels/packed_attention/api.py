@@ -18,7 +18,7 @@ from kernels.packed_attention.visibility import Visibility
 Array = jax.Array
 
 # Rows of so many columns are cheaper by blocks: below, a row is a few blocks and little is skipped.
-BLOCKWISE_TOKENS = 3 * blockwise.SIZES[0]
+BLOCKWISE_TOKENS = 7 * blockwise.SMALL
 
 
 def _too_short(tokens: int, **shape) -> str | None:

@@ -19,9 +19,14 @@ from kernels.packed_attention.visibility import Visibility, live_blocks, seen
 Array = jax.Array
 
 MASKED = -1e30  # finite: what a block's first key may not see is washed out by the first that it may
-# Tokens of a block of queries, and of keys. Small ones skip more, large ones keep several cores busy (CPU, 2 cores, two
-# rows of 2,568 columns, forward and backward: dense 462 ms, 64 x 64 209, 128 x 128 202, 256 x 256 171, 512 x 256 228).
-SIZES = 256, 256
+SMALL, LARGE, LONG = 64, 256, 2048
+
+
+def block_size(num_tokens: int) -> int:
+    """Tokens of a block of queries, and of keys, where rows have so many. Small blocks skip more, large ones keep
+    several cores busy (CPU, 2 cores, forward and backward, dense | 64 | 128 | 256: four rows of 579 columns 57 | 37 |
+    49 | 57 ms, two of 1,031 103 | 65 | 69 | 67, two of 2,051 310 | 168 | 158 | 145)."""
+    return SMALL if num_tokens < LONG else LARGE
 
 
 def attend(
@@ -50,7 +55,7 @@ _attend.defvjp(_attend_forward, _attend_backward)
 
 
 def forward(
-    query: Array, key: Array, value: Array, visible: Visibility, sizes: tuple[int, int] = SIZES
+    query: Array, key: Array, value: Array, visible: Visibility, sizes: tuple[int, int] | None = None
 ) -> tuple[Array, Array]:
     """query [B, T, N, H] (scaled), key and value [B, T, K, H] -> mixed [B, T, N, H], lse [B, T, N] float32."""
     B, T, N, _ = query.shape
@@ -85,7 +90,7 @@ def forward(
 
 def backward(
     query: Array, key: Array, value: Array, visible: Visibility, out: Array, lse: Array, d_out: Array,
-    sizes: tuple[int, int] = SIZES,
+    sizes: tuple[int, int] | None = None,
 ) -> tuple[Array, Array, Array]:  # fmt: skip
     """Gradients of query (scaled), key and value, each of its own dtype."""
     B, T, N, _ = query.shape
@@ -136,8 +141,9 @@ def _product(left: Array, right: Array, of_left: int, of_right: int) -> Array:
 class _Blocks:
     """Rows cut into blocks of queries and of keys, and which key blocks each query block walks."""
 
-    def __init__(self, visible: Visibility, num_tokens: int, sizes: tuple[int, int]):
-        self.sizes, self.num_tokens = sizes, num_tokens
+    def __init__(self, visible: Visibility, num_tokens: int, sizes: tuple[int, int] | None):
+        self.sizes = sizes = sizes or (block_size(num_tokens),) * 2
+        self.num_tokens = num_tokens
         self.padding = -num_tokens % math.lcm(*sizes)
         self.number = (num_tokens + self.padding) // sizes[0]
         self.visible = visible.padded(self.padding)

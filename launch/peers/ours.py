@@ -53,7 +53,7 @@ def experiment(workload: Workload, model: Path, work: Path) -> Experiment:
     the caches.
     """
     P, N, G = workload.prompt_tokens, workload.new_tokens, workload.group
-    answers = min(G, 4 if P < N * 4 else 8)
+    answers = min(G, 8)
     row_tokens = P - 1 + answers * (N + 1)
     rows = workload.samples // answers
     micro_rows = max(1, min(rows, 2400 // row_tokens))

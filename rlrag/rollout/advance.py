@@ -137,8 +137,9 @@ def empty_cache(a: Architecture, spec: Spec, mesh: Mesh) -> Cache:
 def cache_partitions(a: Architecture, spec: Spec, mesh: Mesh) -> Any:
     """A PartitionSpec for every array of the cache."""
     heads = MODEL if parts(a, mesh.shape[MODEL]).heads > 1 else None
-    page, lane = (PartitionSpec(heads, DATA),) * a.num_layers, (PartitionSpec(None, DATA, heads),) * a.num_layers
-    own = () if spec.on_pages else lane
+    page = (PartitionSpec(heads, DATA),) * a.num_layers
+    lane = (PartitionSpec(DATA, heads),) * kv.tiles(spec.max_tokens)[0]
+    own = () if spec.on_pages else (lane,) * a.num_layers
     return Cache(page, page, own, own)  # type: ignore[arg-type]  # specs in the cache's tree
 
 

@@ -12,18 +12,25 @@ import jax.numpy as jnp
 from rlrag.mesh import constrain
 from rlrag.model.architecture import Architecture
 
-TILE = 64  # tokens of all lanes that lie together, and that attention reads at once
+TILE = 64  # tokens of all lanes that lie together, and that attention reads at once, of streams up to MOST_TILES of it
+MOST_TILES = 16  # a decode step says what it does with each
 
 
 class Cache(NamedTuple):
     """Per layer. In pages heads lead: gathered, they need no transposition. Lanes are cut into n tiles, so that none is
-    read behind the longest stream, and keys have tokens last: XLA for CPU then computes scores at the speed of memory
-    (docs/LOG.md)."""
+    read behind the longest stream, each an array of its own, because what is cut out of a larger one is copied first;
+    and keys have tokens last: XLA for CPU then computes scores at the speed of memory (docs/LOG.md)."""
 
     keys: tuple[jax.Array, ...]  # [K, P * page, H]
     values: tuple[jax.Array, ...]  # [K, P * page, H]
-    lane_keys: tuple[jax.Array, ...]  # [n, B, K, H, TILE] of the streams in decode lanes
-    lane_values: tuple[jax.Array, ...]  # [n, B, K, TILE, H]
+    lane_keys: tuple[tuple[jax.Array, ...], ...]  # n times [B, K, H, tile] of the streams in decode lanes
+    lane_values: tuple[tuple[jax.Array, ...], ...]  # n times [B, K, tile, H]
+
+
+def tiles(max_tokens: int) -> tuple[int, int]:
+    """How many tiles a lane of so many tokens has, and how many tokens one holds."""
+    size = TILE * -(-max_tokens // (TILE * MOST_TILES))
+    return -(-max_tokens // size), size
 
 
 def empty(a: Architecture, num_pages: int, page_size: int, num_lanes: int, max_tokens: int, num_kv_heads: int = 0) -> Cache:  # fmt: skip # noqa: E501
@@ -38,8 +45,13 @@ def empty(a: Architecture, num_pages: int, page_size: int, num_lanes: int, max_t
     page = ("kv_heads", "pages"), K, num_pages * page_size, H
     if not num_lanes:
         return Cache(zeros(*page), zeros(*page), (), ())
-    lane = (None, "pages", "kv_heads"), -(-max_tokens // TILE), num_lanes, K
-    return Cache(zeros(*page), zeros(*page), zeros(*lane, H, TILE), zeros(*lane, TILE, H))
+    number, size = tiles(max_tokens)
+    lane = ("pages", "kv_heads"), num_lanes, K
+
+    def cut(*shape: int) -> tuple[tuple[jax.Array, ...], ...]:
+        return tuple(zip(*(zeros(*lane, *shape) for _ in range(number))))
+
+    return Cache(zeros(*page), zeros(*page), cut(H, size), cut(size, H))
 
 
 def token_index(table: jax.Array, positions: jax.Array, page_size: int) -> jax.Array:

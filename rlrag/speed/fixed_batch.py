@@ -36,6 +36,13 @@ class Cache(NamedTuple):
     values: tuple[jax.Array, ...]
 
 
+class Tiled(NamedTuple):
+    """Per layer and tile."""
+
+    keys: tuple[tuple[jax.Array, ...], ...]  # [B, K, H, TILE]
+    values: tuple[tuple[jax.Array, ...], ...]  # [B, K, TILE, H]
+
+
 class Sampled(NamedTuple):
     """What a turn returns: as the engine's outbox, entries past a row's length mean nothing."""
 
@@ -154,29 +161,29 @@ def write(a: Architecture, longest: int, weights: DecodeWeights, cache: Cache, t
         hidden = extend(weights, a, token[:, None], at, mix)[:, 0]
         new = draw(vocabulary_logits(weights, hidden, WHOLE), uniforms[number])
         out = [jax.lax.dynamic_update_slice_in_dim(old, x[:, None], number, 1) for old, x in zip(out, new)]
-        return number + 1, jnp.where(number < limit, new[0], token), Cache(tuple(keys), tuple(values)), out
+        return number + 1, jnp.where(number < limit, new[0], token), Tiled(tuple(keys), tuple(values)), out
 
     start = jnp.int32(0), token, to_lanes(cache), numbers
     steps, _, tiled, out = jax.lax.while_loop(going, step, start)
     return from_lanes(tiled), Sampled(*out, steps=steps)
 
 
-def to_lanes(cache: Cache) -> Cache:
-    """As the engine's lanes hold it while they decode: keys [n, B, K, H, TILE], values [n, B, K, TILE, H]."""
+def to_lanes(cache: Cache) -> Tiled:
+    """As the engine's lanes hold it while they decode."""
 
-    def tiles(each: jax.Array) -> jax.Array:
-        K, B, S, H = each.shape
-        return each.reshape(K, B, S // TILE, TILE, H).transpose(2, 1, 0, 3, 4)
+    def tiles(each: jax.Array) -> tuple[jax.Array, ...]:
+        return tuple(jnp.split(each.swapaxes(0, 1), each.shape[2] // TILE, 2))
 
-    return Cache(tuple(tiles(each).swapaxes(3, 4) for each in cache.keys), tuple(map(tiles, cache.values)))
+    keys = tuple(tuple(tile.swapaxes(2, 3) for tile in tiles(each)) for each in cache.keys)
+    return Tiled(keys, tuple(map(tiles, cache.values)))
 
 
-def from_lanes(tiled: Cache) -> Cache:
-    def whole(each: jax.Array) -> jax.Array:
-        n, B, K, _, H = each.shape
-        return each.transpose(2, 1, 0, 3, 4).reshape(K, B, n * TILE, H)
+def from_lanes(tiled: Tiled) -> Cache:
+    def whole(tiles: tuple[jax.Array, ...]) -> jax.Array:
+        return jnp.concatenate(tiles, 2).swapaxes(0, 1)
 
-    return Cache(tuple(whole(each.swapaxes(3, 4)) for each in tiled.keys), tuple(map(whole, tiled.values)))
+    keys = tuple(whole(tuple(tile.swapaxes(2, 3) for tile in layer)) for layer in tiled.keys)
+    return Cache(keys, tuple(map(whole, tiled.values)))
 
 
 def draw(logits: jax.Array, uniform: jax.Array) -> tuple[jax.Array, ...]:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from rlrag.rollout import lanes
-from rlrag.rollout.cache import TILE, Cache, empty
+from rlrag.rollout.cache import MOST_TILES, TILE, Cache, empty, tiles
 from tests.rollout.rehearsal import ARCHITECTURE
 from tests.rollout.test_cache import HEADS, PAGE, PAGES, SIZE, TABLE, filled, made
 
@@ -28,33 +28,37 @@ def filled_lanes(new: np.ndarray, num_lanes: int = 3, max_tokens: int = 40) -> C
     return cache
 
 
-def in_order(keys: jnp.ndarray, values: jnp.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def in_order(keys: lanes.Tiles, values: lanes.Tiles) -> tuple[np.ndarray, np.ndarray]:
     """Token after token, [B, S, K, H]."""
-    keys, values = np.asarray(keys).transpose(1, 0, 4, 2, 3), np.asarray(values).transpose(1, 0, 3, 2, 4)
-    return keys.reshape(len(keys), -1, HEADS, SIZE), values.reshape(len(values), -1, HEADS, SIZE)
+    return np.concatenate(keys, 3).transpose(0, 3, 1, 2), np.concatenate(values, 2).transpose(0, 2, 1, 3)
 
 
 def test_a_lane_is_the_stream(new):
     cache = filled_lanes(new)
-    assert cache.lane_keys[0].shape == (1, 3, HEADS, SIZE, TILE)
-    assert cache.lane_values[0].shape == (1, 3, HEADS, TILE, SIZE)
+    assert [tile.shape for tile in cache.lane_keys[0]] == [(3, HEADS, SIZE, TILE)]
+    assert [tile.shape for tile in cache.lane_values[0]] == [(3, HEADS, TILE, SIZE)]
     keys, values = in_order(cache.lane_keys[0], cache.lane_values[0])
     np.testing.assert_array_equal(keys[1:, :11], new)
     np.testing.assert_array_equal(values[1:, :11], new + 100)
 
 
+def test_long_streams_have_as_many_tiles_that_are_larger():
+    assert tiles(1) == (1, TILE)
+    assert tiles(TILE + 1) == (2, TILE)
+    assert tiles(MOST_TILES * TILE) == (MOST_TILES, TILE)
+    assert tiles(MOST_TILES * TILE + 1) == (9, 2 * TILE)
+
+
 def test_writing_into_lanes_and_dropping_what_lies_past_their_end(new):
-    cache = filled_lanes(new)
+    cache = filled_lanes(new, max_tokens=2 * TILE)
     before = cache.lane_keys[0], cache.lane_values[0]
-    past, more = TILE, np.stack([new[0, 0], new[0, 1], new[1, 0]]) + 1000
-    after = lanes.write(*before, np.array([past, 33, past]), more, more)
-    for lane in (0, 2):
-        for old, changed in zip(before, after):
-            np.testing.assert_array_equal(changed[:, lane], old[:, lane])
-    for half in in_order(*after):
-        np.testing.assert_array_equal(half[1, 33], more[1])
-    changes = (np.nan_to_num(old) != np.nan_to_num(changed) for old, changed in zip(before, after))
-    assert sum(int(each.sum()) for each in changes) == 2 * HEADS * SIZE
+    past, place = 2 * TILE, TILE + 33
+    more = np.stack([new[0, 0], new[0, 1], new[1, 0]]) + 1000
+    after = lanes.write(*before, np.array([past, place, past]), more, more)
+    for old, changed in zip(map(np.copy, in_order(*before)), in_order(*after)):
+        np.testing.assert_array_equal(changed[1, place], more[1])
+        old[1, place] = changed[1, place]
+        np.testing.assert_array_equal(changed, old)
 
 
 @pytest.mark.parametrize("window", [None, 70])
@@ -63,9 +67,10 @@ def test_attention_equals_softmax_over_the_tokens_seen(window):
     rng, B, K, N, H, n = np.random.default_rng(0), 5, 2, 6, 8, 5
     key, value = (rng.normal(size=(n, B, K, *shape)).astype(np.float32) for shape in ((H, TILE), (TILE, H)))
     key[4], value[4] = np.nan, np.nan
+    tiled = tuple(map(jnp.asarray, key)), tuple(map(jnp.asarray, value))
     query = rng.normal(size=(B, N, H)).astype(np.float32)
     position, live = np.array([0, 63, 64, 255, 300]), np.array([True, True, True, True, False])
-    out = lanes.attend(query, jnp.asarray(key), jnp.asarray(value), jnp.asarray(position), jnp.asarray(live), window)
+    out = lanes.attend(query, *tiled, jnp.asarray(position), jnp.asarray(live), window)
     for lane in range(4):
         low = max(0, position[lane] - window + 1) if window else 0
         for head in range(N):
