@@ -3,12 +3,16 @@
 Every operation has a table ``{name: Implementation}`` in order of preference. A new kernel is one more entry; nothing
 else changes. An automatic choice takes, for each platform, the first entry that supports it and the shapes. Where
 platforms differ, ``lax.platform_dependent`` decides at lowering, so that a program traced on one machine compiles
-for another. A name the caller asked for is never replaced by another: it runs, or ValueError says what exists. Inside
-``interpret.interpreted()`` (tests) a name may be asked for on a platform that it was not written for.
+for another. A name the caller asked for, by argument or for all calls inside ``requesting``, is never replaced by
+another: it runs, or ValueError says what exists. Inside ``interpret.interpreted()`` (tests) a name may be asked for on
+a platform that it was not written for.
 """
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -21,6 +25,7 @@ PLATFORMS = ("cpu", "cuda", "tpu")
 logger = logging.getLogger("kernels")
 _chosen: dict[str, str] = {}
 _logged: set[tuple] = set()
+_requests: ContextVar[Mapping[str, str]] = ContextVar("requests", default=MappingProxyType({}))
 
 
 def _supports_all(**shape: Any) -> str | None:
@@ -46,6 +51,7 @@ class Choice(NamedTuple):
 def choose(operation: str, table: Mapping[str, Implementation], requested: str | None, **shape: Any) -> Choice:
     """The choice for this operation and these shapes; raises ValueError for a name that cannot run here."""
     platform = current_platform()
+    requested = requested or _requests.get().get(operation)
     if requested is not None:
         choice = Choice(_explicit(operation, table, requested, platform, shape))
     else:
@@ -54,6 +60,17 @@ def choose(operation: str, table: Mapping[str, Implementation], requested: str |
         choice = Choice(default, tuple((each, name) for each, name in names.items() if name != default))
     _log(operation, choice.default, platform, "requested" if requested else "automatic")
     return choice
+
+
+@contextmanager
+def requesting(**names: str) -> Iterator[None]:
+    """Operation -> the implementation of all calls that are traced inside and name none; for code that calls an
+    operation far below, as a model does. What was compiled before keeps its own."""
+    token = _requests.set({**_requests.get(), **names})
+    try:
+        yield
+    finally:
+        _requests.reset(token)
 
 
 def call(

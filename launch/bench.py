@@ -16,7 +16,8 @@ from absl import flags
 
 SHAPES = ("demo", "qwen2.5-0.5b", "3b", "7b")
 PHASES = ("rollout", "update", "step")
-AGAINST = ("fixed_batch", "no_sharing")
+# What is held against less -> the phase that it is of.
+AGAINST = {"fixed_batch": "rollout", "no_sharing": "rollout", "padded": "update"}
 # Sizes that a shape brings (rlrag/speed/shapes.py), each of which can be given: 0 leaves it as it is.
 CHANGES = {
     "num_slots": "Decode lanes.",
@@ -41,7 +42,10 @@ CHANGES = {
 def define_flags(values: flags.FlagValues, argv: Sequence[str]) -> None:
     flags.DEFINE_enum("shape", "demo", (*SHAPES, "qwen2.5-3b", "qwen2.5-7b"), "Of the model.", flag_values=values)
     flags.DEFINE_list("phase", ["rollout"], f"What is timed: some of {', '.join(PHASES)}.", flag_values=values)
-    flags.DEFINE_enum("against", None, AGAINST, "What a rollout is held against instead.", flag_values=values)
+    flags.DEFINE_enum(
+        "against", None, list(AGAINST), "What a rollout, or an update (padded), is held against instead.",
+        flag_values=values,
+    )  # fmt: skip
     flags.DEFINE_list("search_ms", ["200"], "Latencies of searches, beside none at all.", flag_values=values)
     flags.DEFINE_bool("server", False, "Search through a server, which adds the latencies itself.", flag_values=values)
     flags.DEFINE_integer("rounds", 3, "Repetitions of every run.", flag_values=values)
@@ -77,8 +81,8 @@ def main(f: flags.FlagValues) -> None:
         raise Mistake("--profile is of a phase: leave --against and --predict out")
     if wrong := [phase for phase in f.phase if phase not in PHASES]:
         raise Mistake(f"--phase has {wrong[0]!r}: give some of {','.join(PHASES)}")
-    if f.against and f.phase != ["rollout"]:
-        raise Mistake(f"--against={f.against} is of --phase=rollout, not {','.join(f.phase)}")
+    if f.against and f.phase != [AGAINST[f.against]]:
+        raise Mistake(f"--against={f.against} is of --phase={AGAINST[f.against]}, not {','.join(f.phase)}")
     from kernels import ceilings
     from kernels.dispatch import chosen
     from rlrag.speed.machine import described
@@ -106,8 +110,10 @@ def rows(f: flags.FlagValues, setting, own, latencies: Sequence[float]) -> Itera
     if f.predict:
         yield from phases.predicted(setting, own, f.learns)
     elif f.against:
-        compare = comparisons.fixed_batches if f.against == "fixed_batch" else comparisons.sharing
-        yield from compare(setting, own, f.rounds)
+        compare = {
+            "fixed_batch": comparisons.fixed_batches, "no_sharing": comparisons.sharing, "padded": comparisons.padding,
+        }  # fmt: skip
+        yield from compare[f.against](setting, own, f.rounds)
     else:
         for phase in f.phase:
             try:

@@ -1,7 +1,8 @@
 """Decode and GRPO steps beside Tunix, transformers and TRL: python -m launch.bench_peers (make bench-peers)
 
 Every contender is a process in its own environment; they work in turn, the others wait. What is measured goes to
-OUT.json round by round, the report to OUT.md; rounds that OUT.json has already are not measured again.
+OUT.json round by round, the report to OUT.md; rounds that OUT.json has already are not measured again. What the traps
+cost that rlrag avoids (launch.peers.traps) is measured last, into OUT_traps.json.
 """
 
 import datetime
@@ -33,6 +34,7 @@ def define_flags(values: flags.FlagValues, argv: Sequence[str]) -> None:
     flags.DEFINE_list("workloads", names, f"Which of {', '.join(WORKLOADS)}.", flag_values=values)
     flags.DEFINE_list("contenders", list(MODULES), f"Which of {', '.join(MODULES)}.", flag_values=values)
     flags.DEFINE_integer("rounds", 3, "Rounds of a workload.", lower_bound=1, flag_values=values)
+    flags.DEFINE_bool("traps", True, "Measure what each avoided trap costs, too.", flag_values=values)
     flags.DEFINE_bool("fresh", False, "Measure again what OUT.json has.", flag_values=values)
     flags.DEFINE_string("out", "docs/results/peers", "Files without their .json and .md.", flag_values=values)
     flags.DEFINE_string("work", "runs/peers", "Directory of weights and logs.", flag_values=values)
@@ -50,7 +52,7 @@ def main(values: flags.FlagValues) -> None:
     work, out = Path(values.work).absolute(), Path(values.out)
     work.mkdir(parents=True, exist_ok=True)
     model = prepare_model(work / "model", pythons[TORCH])
-    results = out.with_suffix(".json")
+    results, traps = out.with_suffix(".json"), out.with_name(f"{out.name}_traps.json")
     recorded = json.loads(results.read_text()) if results.exists() else {}
     for name in values.workloads:
         before = [] if values.fresh else recorded.get(name, {}).get("rounds", [])
@@ -63,8 +65,24 @@ def main(values: flags.FlagValues) -> None:
             recorded[name] = one
             recorded = {known: recorded[known] for known in WORKLOADS if known in recorded}
             results.write_text(json.dumps(recorded, indent=1) + "\n")
-            out.with_suffix(".md").write_text(report.write(recorded, header(recorded)))
+            write(out, recorded, traps)
+    if values.traps and (values.fresh or not traps.exists()):
+        measure_traps(pythons[OURS], traps)
+    write(out, recorded, traps)
     print(f"{results} and {out.with_suffix('.md')}")
+
+
+def measure_traps(python: str, file: Path) -> None:
+    """What each costs that ours avoids, into a file."""
+    print("what the traps cost", flush=True)
+    arguments = [python, "-m", "launch.peers.traps", f"--out={file.absolute()}"]
+    subprocess.run(arguments, cwd=ROOT, env=environment(), check=True)
+
+
+def write(out: Path, recorded: Mapping[str, Any], traps: Path) -> None:
+    """The report of what is known so far."""
+    removed = json.loads(traps.read_text()) if traps.exists() else None
+    out.with_suffix(".md").write_text(report.write(recorded, header(recorded), removed))
 
 
 def prepare_model(folder: Path, torch_python: str) -> Path:

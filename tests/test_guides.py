@@ -20,7 +20,6 @@ from launch import (
     serve_retrieval,
     study,
     train,
-    update_bench,
     view,
 )
 from launch.flags import parse, with_main_field
@@ -40,7 +39,6 @@ PROGRAMS = (
     serve_retrieval,
     study,
     train,
-    update_bench,
     view,
 )
 DEFINE = {module.__name__: getattr(module, "define_runner", module.define_flags) for module in PROGRAMS}

@@ -104,7 +104,7 @@ RULES = {
     "rlrag.plan_report": Rule("rlrag.plan rlrag.survey rlrag.hlo rlrag.devices", "jax"),
     "rlrag.train": Rule("kernels rlrag", "jax numpy flax optax grain rich matplotlib"),
     "rlrag.speed": Rule(
-        "rlrag.speed rlrag.rollout rlrag.model rlrag.objectives rlrag.mesh rlrag.metrics rlrag.packing "
+        "rlrag.speed rlrag.rollout rlrag.model rlrag.objectives rlrag.batch rlrag.mesh rlrag.metrics rlrag.packing "
         "rlrag.rewards.paid rlrag.agents.workflow rlrag.trajectory kernels",
         "jax numpy",
     ),
@@ -133,15 +133,15 @@ RULES = {
     # Contenders run in environments that lack each other's packages.
     "launch.peers": Rule("launch.peers", ""),
     "launch.peers.ours": Rule("launch.peers kernels rlrag", "jax numpy"),
+    "launch.peers.pairs": Rule("kernels rlrag", "jax numpy"),
+    "launch.peers.traps": Rule("launch.peers", "jax numpy"),
     "launch.peers.tunix": Rule("launch.peers", "tunix jax numpy flax optax transformers"),
     "launch.peers.hugging_face": Rule("launch.peers", "torch transformers trl datasets"),
-    "launch.update_bench": Rule("launch kernels rlrag", "absl jax flax optax numpy"),
 }
 
 # Modules that run wherever jax, flax, optax, numpy and absl do, counting all that importing them imports of ours.
 CORE = (
     "kernels", "rlrag.model", "rlrag.rollout", "rlrag.objectives", "rlrag.speed", "launch.bench", "launch.bench_gpu",
-    "launch.update_bench",
 )  # fmt: skip
 NOT_CORE = ("rlrag.model.hf", "rlrag.model.hf_export", "rlrag.model.peft")
 CORE_OTHERS = "jax flax optax numpy absl"
@@ -157,7 +157,7 @@ MOST_LINES = 450
 TESTED_TOGETHER = tuple(
     f"kernels/{name}" for name in ("advantage", "decode_attention", "log_prob", "packed_attention", "uncertainty")
 )
-PEERS = ("workloads", "protocol", "report", "ours", "tunix", "hugging_face")
+PEERS = ("workloads", "protocol", "report", "ours", "tunix", "hugging_face", "pairs", "traps")
 # Modules whose cases stand in the test file of the room they serve, which imports them or is their only way in.
 TESTED_WITH = {
     **{f"launch/peers/{name}.py": "tests/launch/test_bench_peers.py" for name in PEERS},

@@ -41,25 +41,25 @@ others wait; ratios are taken within rounds. Before anything is timed the logits
 TRAPS = """\
 ## Where the time goes, and what rlrag does about it
 
-- One jitted program of fixed shapes a round: nothing is traced or compiled again, the host is idle.
-- Weights of decoding are fused and laid out by layer once a rollout, outside the loop; the cache is laid out by head.
-- One uniform number a row, and an inverse CDF in two levels, in place of V random numbers; the log-prob of what was
-  sampled comes from the same logits, so that no second pass scores the old policy.
-- A group's prompt is prefilled once, and stands once in a training row, before its answers.
-- Products of the update are two-dimensional; SwiGLU has its own gradient behind a barrier; logits are made in chunks
-  and never stored; buffers are donated.
+Each trap by itself: the straightforward way beside the product's own function for the same thing, with equal results,
+in turn in one process (`python -m launch.peers.traps`, medians over rounds). The cost is how much longer rlrag's own
+step would take with the straightforward way in place of its own; costs overlap, so that they do not add up. What is
+left beside them: one jitted program of fixed shapes a round, so that nothing is traced or compiled again while it runs,
+and a prompt that stands once in a training row, before its answers (`python -m launch.bench --phase=update
+--against=padded`).
 """
 
 
-def write(recorded: Mapping[str, Recorded], about: Mapping[str, str]) -> str:
-    """The report. recorded: by workload, in order; about: what the header says, by name."""
+def write(recorded: Mapping[str, Recorded], about: Mapping[str, str], removed: Mapping[str, Any] | None = None) -> str:
+    """The report. recorded: by workload, in order; about: what the header says, by name; removed: what
+    launch.peers.traps found."""
     parts = ["# Decode and GRPO step beside the peers", "", *(f"- {name}: {text}" for name, text in about.items())]
     parts += [f"- logits of one prompt, largest difference to rlrag's: {agreement(recorded.values())}", ""]
     for one in recorded.values():
         parts += section(one)
     parts += [FAIRNESS, "Settings of rlrag:", ""]
     parts += [f"- {name}: {settings(one)}" for name, one in recorded.items()]
-    return "\n".join([*parts, "", TRAPS])
+    return "\n".join([*parts, "", *([TRAPS, *traps(removed), ""] if removed else [])])
 
 
 def section(one: Recorded) -> list[str]:
@@ -78,6 +78,16 @@ def section(one: Recorded) -> list[str]:
             row += [spread(faster, ".2f", "x"), *aimed]
         lines.append(f"| {' | '.join(row)} |")
     return [*lines, "", *parts_of_step(rounds)]
+
+
+def traps(found: Mapping[str, Any]) -> list[str]:
+    """The table of what launch.peers.traps found."""
+    lines = ["| trap | straightforward, ms | rlrag, ms | ratio | cost | rounds |", "|---|---|---|---|---|---|"]
+    for row in found["rows"]:
+        times = (f"{row[name]:.{2 if row[name] < 100 else 0}f}" for name in ("straight_ms", "ours_ms"))
+        cells = row["trap"], *times, f"{row['ratio']:.2f}x", f"{row['cost']:+.0%} of {row['step']}", str(row["rounds"])
+        lines.append(f"| {' | '.join(cells)} |")
+    return [*lines, "", f"JAX {found['jax']}, {found['date']}."]
 
 
 def parts_of_step(rounds: Sequence[Mapping[str, Any]]) -> list[str]:

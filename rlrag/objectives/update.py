@@ -23,8 +23,10 @@ from rlrag.metrics import Metrics, merge, nothing
 from rlrag.model.architecture import Architecture
 from rlrag.model.parameters import Transformer, abstract, joined, learning, part, shardings
 from rlrag.objectives.credit import Credit, Scored
-from rlrag.objectives.losses import Objective
+from rlrag.objectives.losses import Objective, Scores
 from rlrag.objectives.scoring import no_scores, score
+
+Scorer = Callable[..., Scores]  # as scoring.score
 
 
 @flax.struct.dataclass
@@ -61,13 +63,17 @@ class Update:
         mesh: Mesh,
         trains: str = "",
         seed: int = 0,
+        score: Scorer = score,
     ):
-        """trains: paths of the parameters that learn (parameters.learning); seed: of what dropout drops."""
+        """trains: paths of the parameters that learn (parameters.learning); seed: of what dropout drops; score: how a
+        micro-batch is scored (another only to measure it)."""
         self.architecture, self.objective, self.optimizer, self.mesh = a, objective, optimizer, mesh
         self.learns = learning(a, trains)
         own, replicated = self.own(shardings(a, mesh)), NamedSharding(mesh, PartitionSpec())
         self.accumulate = jax.jit(
-            partial(accumulate, a, objective, self.learns, seed), donate_argnums=(1, 2), out_shardings=(own, replicated)
+            partial(accumulate, a, objective, self.learns, seed, score),
+            donate_argnums=(1, 2),
+            out_shardings=(own, replicated),
         )
         self.apply = jax.jit(
             partial(apply, optimizer, schedule, self.learns), donate_argnums=0, out_shardings=(self.where(), replicated)
@@ -151,7 +157,9 @@ def reported(objective: Objective, scores, micro: Batch) -> tuple[dict, Metrics]
     return terms.losses, {**terms.metrics, **{f"loss/{name}": value for name, value in terms.losses.items()}}
 
 
-def accumulate(a, objective, learns, seed, params, grads, sums, batch, counts, coefficients, chosen, index, step):
+def accumulate(
+    a, objective, learns, seed, score: Scorer, params, grads, sums, batch, counts, coefficients, chosen, index, step
+):
     """grads + gradient of micro-batch `index`; sums + its metrics. Each loss term is divided by its count over the
     chosen micro-batches, so the split into micro-batches changes nothing, and multiplied by its coefficient."""
     micro = select(batch, index)
@@ -205,7 +213,10 @@ def build_prepare(
         """The batch with fields (of the batch -> of Scores) as the model says them."""
 
         def one(index: jax.Array, values: list[jax.Array]) -> list[jax.Array]:
-            scores = score(params, architectures[name], select(batch, index))
+            # Of a single micro-batch nothing in here depends on the index: without the barrier the compiler moves the
+            # scoring in front of the loop, where it is paid for even if the loop has no turn.
+            micro, _ = jax.lax.optimization_barrier((select(batch, index), index))
+            scores = score(params, architectures[name], micro)
             new = [getattr(scores, source) for source in fields.values()]
             return [jax.lax.dynamic_update_index_in_dim(old, x, index, 0) for old, x in zip(values, new, strict=True)]
 

@@ -1,16 +1,23 @@
-"""The engine held against less: a sampler without continuous batching, and itself without shared prompts."""
+"""The engine held against less: a sampler without continuous batching, and itself without shared prompts; and an update
+on packed rows against one on padded rows."""
 
 import statistics
 from collections.abc import Iterator
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from kernels.ceilings import Ceilings
-from rlrag.speed import fixed_batch
+from rlrag.objectives.scoring import score
+from rlrag.packing import Packed
+from rlrag.speed import fixed_batch, padded, update
 from rlrag.speed.phases import Row, finished, medians
 from rlrag.speed.rollout import Player, packed, start
 from rlrag.speed.searching import SlowSearcher
 from rlrag.speed.shapes import Setting
+from rlrag.speed.update import Pupil
 from rlrag.speed.workload import Workload
 
 
@@ -64,3 +71,69 @@ def sharing(setting: Setting, ceilings: Ceilings, rounds: int) -> Iterator[Row]:
         fewer = statistics.median(own["prefill_flops"] / row["prefill_flops"] for row, own in zip(rows, alone))
         row = {"run": name, "ratio": ratio, "prefill_flops_fewer": fewer} | medians(rows)
         yield finished(row | {"programs": player.programs}, ceilings)
+
+
+class Learner(NamedTuple):
+    """One way of learning from a batch: rows, and who learns from them."""
+
+    made: Packed
+    pupil: Pupil
+
+    @property
+    def columns(self) -> int:
+        return self.made.num_micro * int(np.prod(self.made.batch.tokens.shape[1:]))
+
+
+def padding(setting: Setting, ceilings: Ceilings, rounds: int) -> Iterator[Row]:
+    """The same groups learned from thrice: in padded rows as others do (rlrag.speed.padded), in such rows by our own
+    scoring and attention, and packed. tokens_per_s is of useful tokens, those of all streams, each counted whole."""
+    a, learn, sizes = setting.architecture, setting.learn, setting.rows
+    groups = learn.groups(setting.questions, setting.group_size)
+    lengths = [t.streams[0].num_tokens for group in groups for t in group.trajectories]
+    single = padded.sizes(len(lengths), max(lengths), sizes.rows * sizes.tokens)
+    ways = {
+        "padded": (single, partial(padded.score, learn.prompt_tokens)),
+        "padded, our kernels": (single, score),
+        "packed": (sizes, score),
+    }
+    learners = {
+        name: Learner(
+            update.packed(groups, rows, update.ALL),
+            Pupil(a, start(a), update.ALL, len(lengths), len(groups), scoring),
+        )
+        for name, (rows, scoring) in ways.items()
+    }
+    gradients = {name: each.pupil.gradient(each.made) for name, each in learners.items()}
+    for each in learners.values():
+        each.pupil.learn(each.made)  # compiles the optimizer's step
+    found: dict[str, list[Row]] = {name: [] for name in learners}
+    for _ in range(rounds):
+        ceilings.sample(3)
+        for name, (made, pupil) in learners.items():
+            learned = pupil.learn(made)
+            report = pupil.report(made, learned, ceilings)
+            found[name].append(report | {"tokens_per_s": sum(lengths) / learned.seconds})
+    for name, each in learners.items():
+        row = {"run": name, "ratio": faster(found, name, "padded")}
+        row |= {"ratio_to_our_padded": faster(found, name, "padded, our kernels")}
+        row |= medians(found[name]) | {"columns": each.columns}
+        row |= {"gradient_apart": max(apart(gradients[name], gradient) for gradient in gradients.values())}
+        row |= {"gradient_apart_most": max(farthest(gradients[name], gradient) for gradient in gradients.values())}
+        yield finished(row | {"programs": max(each.pupil.programs.values())}, ceilings)
+
+
+def faster(found: dict[str, list[Row]], name: str, other: str) -> float:
+    """How many times as fast, median over rounds."""
+    return statistics.median(its["seconds"] / own["seconds"] for own, its in zip(found[name], found[other]))
+
+
+def farthest(first: Any, second: Any) -> float:
+    """The largest |first - second| of any of their numbers."""
+    return max(jax.tree.leaves(jax.tree.map(lambda a, b: float(np.max(np.abs(a - b))), first, second)))
+
+
+def apart(first: Any, second: Any) -> float:
+    """||first - second|| / ||second|| of two gradients, over all their numbers: what it can do to a step."""
+    pairs = list(zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True))
+    difference = sum(float(np.sum(np.square(a - b, dtype=np.float64))) for a, b in pairs)
+    return (difference / sum(float(np.sum(np.square(b, dtype=np.float64))) for _, b in pairs)) ** 0.5

@@ -13,14 +13,16 @@ from typing import Any
 import jax
 import numpy as np
 
+from rlrag.batch import Batch
 from rlrag.mesh import make_mesh
-from rlrag.metrics import numbers
+from rlrag.metrics import Metrics, numbers
 from rlrag.model.architecture import Adapters, Architecture
 from rlrag.model.parameters import Transformer, furnished, shardings
 from rlrag.objectives.credit import group_relative
 from rlrag.objectives.losses import MAX_TURNS, surrogate
 from rlrag.objectives.optimizer import build_optimizer, build_schedule
-from rlrag.objectives.update import Update, build_prepare
+from rlrag.objectives.scoring import score
+from rlrag.objectives.update import Prepared, Scorer, Update, build_prepare
 from rlrag.packing import Packed, RowsExhausted, Shape, pack
 from rlrag.rewards.paid import Paid
 from rlrag.rollout.engine import stream_uid
@@ -92,8 +94,10 @@ class Learned:
 class Pupil:
     """A model, and its programs of learning."""
 
-    def __init__(self, a: Architecture, params: Transformer, learns: str, episodes: int, groups: int):
-        """params are taken over. episodes, groups: of a batch at most."""
+    def __init__(
+        self, a: Architecture, params: Transformer, learns: str, episodes: int, groups: int, score: Scorer = score
+    ):
+        """params are taken over. episodes, groups: of a batch at most; score: as of Update."""
         mesh = make_mesh()
         if learns == ADAPTERS:
             a = replace(a, adapters=Adapters(rank=RANK))
@@ -104,7 +108,7 @@ class Pupil:
             schedule, b1=0.9, b2=0.99, weight_decay=0.0, clip_norm=1.0, master=a.param_dtype != "float32"
         )
         objective = surrogate()
-        self.update = Update(a, objective, optimizer, schedule, mesh)
+        self.update = Update(a, objective, optimizer, schedule, mesh, score=score)
         self.prepare = build_prepare(
             {MODEL: a}, {MODEL: objective}, {MODEL: MODEL}, group_relative(), groups, episodes, mesh
         )
@@ -123,28 +127,37 @@ class Pupil:
 
     def learn(self, made: Packed) -> Learned:
         """One batch: prepare, all micro-batches, and a step where there is an optimizer."""
-        update, coefficients = self.update, {}
-        batch = jax.block_until_ready(update.put(made.batch))
-        params, micros = self.parameters, list(range(made.num_micro))
+        batch = jax.block_until_ready(self.update.put(made.batch))
         begin = time.perf_counter()
-        prepared = self.prepare({MODEL: params}, {MODEL: None}, {MODEL: batch}, {MODEL: np.int32(made.num_micro)}, coefficients)  # fmt: skip # noqa: E501
-        batch, counts = prepared.batches[MODEL], prepared.counts[MODEL]
-        jax.block_until_ready(batch)
+        prepared = jax.block_until_ready(self._prepared(made, batch))
         ready = time.perf_counter()
-        chosen = np.zeros(made.batch.tokens.shape[0], np.float32)
-        chosen[micros] = 1
-        grads, sums, step = update._zeros(), update.no_metrics(batch), np.int32(0)
-        for index in micros:
-            grads, sums = update.accumulate(
-                params, grads, sums, batch, counts, coefficients, chosen, np.int32(index), step
-            )
-        jax.block_until_ready((grads, sums))
+        grads, sums = jax.block_until_ready(self._accumulated(made, prepared))
         added = time.perf_counter()
         if self.state is not None:
-            self.state, _ = jax.block_until_ready(update.apply(self.state, grads))
+            self.state, _ = jax.block_until_ready(self.update.apply(self.state, grads))
         done = time.perf_counter()
         labels = {"role": [ROLE], "turn": [f"turn_{turn}" for turn in range(MAX_TURNS)]}
         return Learned(ready - begin, added - ready, done - added, numbers(jax.device_get(sums), labels))
+
+    def gradient(self, made: Packed) -> Any:
+        """Of a whole batch, on the host."""
+        return jax.device_get(self._accumulated(made, self._prepared(made, self.update.put(made.batch)))[0])
+
+    def _prepared(self, made: Packed, batch: Batch) -> Prepared:
+        """batch is donated."""
+        return self.prepare({MODEL: self.parameters}, {MODEL: None}, {MODEL: batch}, {MODEL: np.int32(made.num_micro)}, {})  # fmt: skip # noqa: E501
+
+    def _accumulated(self, made: Packed, prepared: Prepared) -> tuple[Any, Metrics]:
+        """Gradient and metrics of all micro-batches."""
+        update, batch, counts = self.update, prepared.batches[MODEL], prepared.counts[MODEL]
+        chosen = np.zeros(made.batch.tokens.shape[0], np.float32)
+        chosen[: made.num_micro] = 1
+        grads, sums = update._zeros(), update.no_metrics(batch)
+        for index in range(made.num_micro):
+            grads, sums = update.accumulate(
+                self.parameters, grads, sums, batch, counts, {}, chosen, np.int32(index), np.int32(0)
+            )
+        return grads, sums
 
     def work(self, made: Packed) -> tuple[Work, Work]:
         """Of the gradients, and of the step."""

@@ -44,6 +44,15 @@ def test_requested_name_runs_even_where_it_is_not_automatic():
     assert run(dispatch.choose("op", TABLE, "elsewhere", tokens=8), jnp.float32(0)) == 10
 
 
+def test_names_may_be_asked_for_from_afar():
+    with dispatch.requesting(op="plain", other="x"), dispatch.requesting(other="y"):
+        assert dispatch.choose("op", TABLE, None, tokens=8) == Choice("plain")
+        assert dispatch.choose("op", TABLE, "elsewhere", tokens=8) == Choice("elsewhere")
+        with pytest.raises(ValueError, match="other has no implementation 'y'"):
+            dispatch.choose("other", TABLE, None, tokens=8)
+    assert dispatch.choose("op", TABLE, None, tokens=8).default == "short"
+
+
 @pytest.mark.parametrize(
     ("requested", "message"),
     [

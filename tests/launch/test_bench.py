@@ -123,6 +123,7 @@ def test_predictions_need_no_run_and_a_comparison_is_no_prediction(tmp_path: Pat
         ("--search_ms=soon", "--search_ms is soon: give milliseconds"),
         ("--phase=sleep", "--phase has 'sleep': give some of rollout,update,step"),
         ("--against=fixed_batch --phase=step", "--against=fixed_batch is of --phase=rollout, not step"),
+        ("--against=padded", "--against=padded is of --phase=update, not rollout"),
         ("--profile=x --predict", "--profile is of a phase"),
     ],
 )

@@ -5,13 +5,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from launch import bench_peers
 from launch.flags import run
-from launch.peers import report, workloads
+from launch.peers import pairs, report, traps, workloads
 from launch.peers.protocol import Contender, Pace
 from launch.peers.workloads import OURS, TORCH, TUNIX, Workload
+from rlrag.model.architecture import Architecture
 
 ROOT = Path(__file__).resolve().parents[2]
 TOY = Workload("toy", "generate", 2, 2, 16, 4, {TUNIX: 2.0, TORCH: 2.0})
@@ -76,6 +78,17 @@ def test_a_training_loop_is_paced_step_by_step():
     assert [(each["tokens"], each["update_s"]) for each in told[1:]] == [(16, 2), (16, 3)]
 
 
+REMOVED = {
+    "jax": "0", "date": "2026-01-01",
+    "rows": [
+        {
+            "trap": "a toy", "straight_ms": 300.0, "ours_ms": 2.5, "ratio": 119.5, "rounds": 5, "step": "update",
+            "cost": 0.25,
+        }
+    ],
+}  # fmt: skip
+
+
 def recorded(kind: str = "generate") -> dict:
     """Three rounds, in which the machine's speed drifts."""
     rounds = [
@@ -99,6 +112,7 @@ def test_the_report_takes_ratios_within_rounds():
     assert "| Tunix Sampler | 6.00 (3.00-12.00) | 3 | 3.00x (3.00-3.00) | 2x | reached |" in text
     assert "| TRL GRPOTrainer | 3.00 (1.50-6.00) | 5 | 1.50x (1.50-1.50) | 2x | **missed** |" in text
     assert "the update takes 0.50 s" in text
+    assert "Each trap by itself" not in text
     assert "- device: a toy" in text and "tunix 1.0e-07" in text and "rollout.burst 8" in text
 
 
@@ -114,6 +128,7 @@ def toys(monkeypatch, tmp_path: Path):
         return fake(folder / "workload.json", seconds, logits.get(contender, 0.0))
 
     monkeypatch.setattr(bench_peers, "command", command)
+    monkeypatch.setattr(bench_peers, "measure_traps", lambda python, file: file.write_text(json.dumps(REMOVED)))
     arguments = ["bench_peers", "--workloads=toy", "--rounds=2", f"--out={tmp_path / 'peers'}", f"--work={tmp_path}"]
     return lambda *more: run(bench_peers.main, bench_peers.define_flags, argv=[*arguments, *more]), logits
 
@@ -124,7 +139,9 @@ def test_the_bench_measures_writes_and_goes_on_from_what_it_has(toys, tmp_path: 
     results = json.loads((tmp_path / "peers.json").read_text())
     assert [set(each) for each in results["toy"]["rounds"]] == [{OURS, TUNIX, TORCH}] * 2
     assert results["toy"]["agreement"] == {TUNIX: 1e-6, TORCH: 0.0}
-    assert "| Tunix Sampler |" in (tmp_path / "peers.md").read_text()
+    told = (tmp_path / "peers.md").read_text()
+    assert "| Tunix Sampler |" in told
+    assert "| a toy | 300 | 2.50 | 119.50x | +25% of update | 5 |" in told and "JAX 0, 2026-01-01." in told
     capsys.readouterr()
     bench()
     assert "has it (--fresh measures again)" in capsys.readouterr().out
@@ -148,13 +165,33 @@ def test_other_models_and_unknown_names_are_told(toys, tmp_path: Path, capsys):
     assert not (tmp_path / "peers.json").exists()
 
 
+def test_both_ways_around_every_trap_agree(tmp_path: Path):
+    """At toy size each stands in the table, compared; the decode step, the rollout and the update give its cost."""
+    a = Architecture(
+        vocab_size=64, num_layers=1, embed_dim=16, num_heads=2, num_kv_heads=1, head_dim=8, mlp_dim=32, qkv_bias=True
+    )
+    toy = pairs.Setting(a, prompts=2, group=2, prompt_tokens=9, new_tokens=6, long_prompt=40, steps=3, burst=4)
+    found = traps.main(["--rounds=1", f"--out={tmp_path / 'traps.json'}"], toy)
+    assert json.loads((tmp_path / "traps.json").read_text()) == found
+    assert len(found["rows"]) == 11 and len(report.traps(found)) == 2 + 11 + 2
+    for row in found["rows"]:
+        assert row["straight_ms"] > 0 and row["ours_ms"] > 0 and row["apart"] <= traps.AGREE
+    assert {row["step"] for row in found["rows"]} == {"decode step", "rollout", "update"}
+
+
+def test_ways_that_disagree_are_told(monkeypatch):
+    wrong = pairs.Trap("a toy", lambda: np.ones(3), lambda: np.array([1, 1, 1.1]), 1, "update")
+    monkeypatch.setattr(traps, "build", lambda setting: ([wrong], {"update": (lambda: None, 1)}))
+    with pytest.raises(ValueError, match=r"a toy: results are 0\.1"):
+        list(traps.measure(pairs.Setting(), 1))
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
     """A toy in Hugging Face's form with words for tokens."""
     import jax
 
     from rlrag.agents.tokenizer import word_tokenizer
-    from rlrag.model.architecture import Architecture
     from rlrag.model.hf_export import export_model
     from rlrag.model.parameters import initialize
 

@@ -11,7 +11,7 @@ from rlrag.objectives import scoring
 from rlrag.objectives.credit import group_relative, ones
 from rlrag.objectives.losses import nll, surrogate
 from rlrag.objectives.optimizer import build_optimizer, build_schedule
-from rlrag.objectives.update import Update
+from rlrag.objectives.update import Update, build_prepare
 from rlrag.rewards.paid import Paid
 from rlrag.trajectory import Group
 from tests.episodes import make_groups, pack_groups, pay
@@ -242,6 +242,21 @@ def test_rows_that_the_devices_cannot_share_are_named():
     update.mesh = TwoShards()  # type: ignore[assignment]
     with pytest.raises(ValueError, match=r"update\.micro_rows is 3: make it a multiple of the 2 data shard"):
         update.put(pack_groups(GROUPS, PAID, rows=3).batch)
+
+
+@pytest.mark.parametrize("max_micro", [1, 2])
+def test_what_no_objective_needs_is_not_scored(max_micro):
+    """All products of prepare stand in its loop over micro-batches, which then has no turn; in one micro-batch too, of
+    which the loop's index chooses nothing, so that the compiler could move them in front of it."""
+    update, packed = build_update(surrogate()), pack_groups(GROUPS, PAID, rows=16, max_micro=max_micro)
+    program = build_prepare(
+        {"m": update.architecture}, {"m": update.objective}, {"m": "m"}, group_relative(), packed.num_groups,
+        packed.num_episodes, update.mesh,
+    )  # fmt: skip
+    batch, number = {"m": update.put(packed.batch)}, {"m": np.int32(packed.num_micro)}
+    compiled = program.lower({"m": parameters()}, {"m": None}, batch, number, {}).compile()
+    counted = hlo.read(compiled.as_text(), dict(update.mesh.shape))
+    assert counted.once.flops == 0 < sum(each.flops for each in counted.loops)
 
 
 def test_gradients_are_added_in_place():

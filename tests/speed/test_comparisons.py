@@ -30,3 +30,18 @@ def test_groups_read_their_prompt_once(probes):
     assert (alone["prefill_tokens"], shared["prefill_tokens"]) == (8 * 511, 8 * 511 - 7 * 508)
     assert shared["prefill_flops_fewer"] > 6
     assert alone["sampled_tokens"] == shared["sampled_tokens"]
+
+
+def test_packed_and_padded_rows_learn_the_same_from_as_many_tokens(probes):
+    rows = {row["run"]: row for row in comparisons.padding(SETTING, probes, 1)}
+    padded, kernels, packed = (rows[name] for name in ("padded", "padded, our kernels", "packed"))
+    # Eight answers of 64 + 128 + 64 tokens to a prompt of 512; rows of 768 fill micro-batches of 4 best.
+    assert padded["columns"] == kernels["columns"] == 8 * 768
+    assert packed["columns"] == 2688
+    assert [row["row_tokens"] for row in (padded, packed)] == [8 * 768, 511 + 8 * 257]
+    for row in rows.values():
+        assert row["tokens_per_s"] * row["seconds"] == pytest.approx(8 * 768)
+        assert row["gradient_apart"] < 2e-6
+        assert row["programs"] == 1
+    assert padded["ratio"] == kernels["ratio_to_our_padded"] == 1
+    assert packed["ratio"] == pytest.approx(padded["seconds"] / packed["seconds"])
