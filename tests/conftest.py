@@ -16,6 +16,9 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(REPOSITORY / ".jax_cache"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("MPLBACKEND", "Agg")
+# XLA has as many threads as there are cores, or this many: the interpreters of kernels run each warpgroup on one of
+# them, and where there are fewer those wait for each other for ever.
+os.environ.setdefault("NPROC", "8")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that would download something fails at once
 
 # The filterwarnings of pyproject.toml for a process of its own.
