@@ -31,6 +31,11 @@ STRICT = (
 )
 
 
+# Most of the suite's time is LLVM's, at programs that run for milliseconds.
+QUICK = "--xla_backend_optimization_level=0"
+if os.environ["JAX_PLATFORMS"] == "cpu" and QUICK not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK}".strip()
+
 # What takes longest comes first: at the end workers deal out what is left among themselves, and that should be small.
 FIRST = (
     "tests/test_processes.py",
