@@ -103,6 +103,7 @@ parity: ## decoders and encoders against torch, transformers and peft (.venv-par
 	.venv-parity/bin/python -m tests.golden_encoders $(if $(WRITE),,--check)
 
 pod: $(INSTALLED) ## other meshes and two processes against one device, one of two killed (KINDS=on_policy,... for some)
+	RLRAG_ALL_MESHES=1 $(RUN) -m pytest -n0 tests/test_compilation.py
 	$(RUN) -m tests.pod $(if $(KINDS),--kinds=$(KINDS))
 
 bench: $(INSTALLED) ## time every implementation of every kernel on this device

@@ -10,6 +10,7 @@ pod, or by --coordinator, --num_processes and --process_id.
 import atexit
 import contextlib
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -37,8 +38,13 @@ COME = (
     f"the processes did not come together within {COME_S} s: start the same command on every host, and see that each "
     "reaches the coordinator's address"
 )
-# How errors of collectives begin when a peer no longer answers.
-LOST = ("Gloo", "coordination service", "Connection closed by peer", "Connection reset by peer", "NCCL", "heartbeat")
+# What XLA's collectives and the client of JAX's service say when a peer no longer answers.
+LOST = (
+    *("Gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "heartbeat"),
+    *("UNAVAILABLE: ", "coordination service", "CoordinationService", "coordination_service"),
+)
+# An error raised in C++ has the traceback of its caller, which may be us: XLA's begin with the name of a status.
+STATUS = re.compile(r"[A-Z_]+: ")
 # Speaks when the process that holds the other end of its standard input ends without a word.
 LAST_WORDS = "import sys\nif not sys.stdin.buffer.read(): print(sys.argv[1], file=sys.stderr)"
 
@@ -124,14 +130,15 @@ def joined(values: flags.FlagValues) -> Iterator[None]:
         told = explain_lost(error) or explain(error)
         if told is None or "--traceback" in sys.argv:
             traceback.print_exc()
-        silence()
+        told = told or f"{type(error).__name__}: {str(error)[:200]} (the traceback is above)"
         leave(
-            f"process {processes.index()} of {processes.count()}: {told or 'see above'}",
+            f"process {processes.index()} of {processes.count()}: {told}",
             2 if isinstance(error, Mistake) else 1,  # as launch.flags.run
+            silence,
         )
     except KeyboardInterrupt:
-        silence()
-        leave(f"process {processes.index()} of {processes.count()}: interrupted: {GONE.partition(': ')[2]}", 130)
+        told = f"interrupted: {GONE.partition(': ')[2]}"
+        leave(f"process {processes.index()} of {processes.count()}: {told}", 130, silence)
     silence()
 
 
@@ -167,41 +174,43 @@ def own_devices(environment: Mapping[str, str]) -> list[int] | None:
 
 
 def explain_lost(error: Exception) -> str | None:
-    """The line for an error of a collective that lost a peer, or for one of ours that was caused by it."""
+    """The line for an error of JAX that lost a peer, or for one that came of it: raised from it, or while it passed."""
     cause: BaseException | None = error
     while cause is not None:
-        library = isinstance(cause, ValueError | RuntimeError) and not (isinstance(cause, Exception) and ours(cause))
+        library = isinstance(cause, ValueError | RuntimeError) and (STATUS.match(str(cause)) or not ours(cause))
         if library and any(mark in str(cause) for mark in LOST):
-            return f"{GONE} ({str(cause).splitlines()[0][:120]})"
-        cause = cause.__cause__
+            return f"{GONE} ({str(cause).splitlines()[0][-120:]})"  # XLA puts before it where it was
+        cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
     return None
 
 
-def speak_last(text: str) -> Callable[[], None]:
+def speak_last(text: str) -> Callable[..., None]:
     """Let a small process say something if this one ends without a word: JAX ends a process that has lost another from
-    within C++, where no Python runs. Returns what calls that off."""
+    within C++, where no Python runs. Returns what calls that off, and waits for that unless told wait=False."""
     child = subprocess.Popen(
         [sys.executable, "-S", "-E", "-c", LAST_WORDS, text], stdin=subprocess.PIPE, start_new_session=True
     )
     assert child.stdin is not None
     pipe, done = child.stdin, threading.Event()
 
-    def silence() -> None:
+    def silence(wait: bool = True) -> None:
         if not done.is_set():
             done.set()
             with contextlib.suppress(OSError):
                 pipe.write(b"done")
                 pipe.close()
-            child.wait()
+            if wait:
+                child.wait()
 
     atexit.register(silence)
     return silence
 
 
-def leave(text: str, status: int) -> None:
-    """End without the farewells of JAX's service, which wait for the others."""
-    print(f"error: {' '.join(text.split())}", file=sys.stderr, flush=True)
+def leave(text: str, status: int, silence: Callable[..., None]) -> None:
+    """Say it, call off the last words and end, without the farewells of JAX's service, which wait for the others."""
     sys.stdout.flush()
+    print(f"error: {' '.join(text.split())}", file=sys.stderr, flush=True)
+    silence(wait=False)  # not before, and then at once: JAX may end the process at any moment, with lines of its own
     from rlrag import processes
 
     if processes.is_first():

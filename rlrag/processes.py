@@ -40,7 +40,7 @@ def gather(topic: str, value: Any) -> list[Any]:
     """What every process says of a topic, in their order: `value` is this one's, anything that JSON holds.
 
     All processes must ask, equally often. Topics do not wait for each other, so each thread has its own. When a process
-    is gone, JAX ends those that wait for it.
+    is gone, JAX ends those that wait for it, or raises here: whichever is first.
     """
     if count() == 1:
         return [value]

@@ -16,6 +16,11 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(REPOSITORY / ".jax_cache"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("MPLBACKEND", "Agg")
+# XLA has as many threads as there are cores, or this many: the interpreters of kernels run each warpgroup on one of
+# them, and where there are fewer those wait for each other for ever.
+os.environ.setdefault("NPROC", "8")
+# Workers of pytest-xdist share the cores: threads of OpenMP that wait for each other by spinning take them all (faiss).
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that would download something fails at once
 
 # The filterwarnings of pyproject.toml for a process of its own.
@@ -24,6 +29,29 @@ STRICT = (
     *("-W", "ignore:Error reading persistent compilation cache entry:UserWarning"),
     *("-W", "ignore:Error writing persistent compilation cache entry:UserWarning"),
 )
+
+
+# Most of the suite's time is LLVM's, at programs that run for milliseconds.
+QUICK = "--xla_backend_optimization_level=0"
+if os.environ["JAX_PLATFORMS"] == "cpu" and QUICK not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK}".strip()
+
+# What takes longest comes first: at the end workers deal out what is left among themselves, and that should be small.
+FIRST = (
+    "tests/test_processes.py",
+    "tests/test_compilation.py",
+    "tests/test_survey.py",
+    "tests/test_train_adapters.py",
+    "tests/launch/test_plan.py",
+    "tests/launch/test_study.py",
+    "tests/retrieval/test_service.py",
+    "tests/configs/test_multihop.py",
+    "tests/test_convert.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: FIRST.index(name) if (name := item.nodeid.partition("::")[0]) in FIRST else len(FIRST))
 
 
 @pytest.fixture

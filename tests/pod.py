@@ -205,8 +205,11 @@ def kill_one(kind: str, directory: Path, setting: Setting, victim: int, row: int
             child.kill()
     other = (victim + 1) % setting.processes
     assert children[other].returncode != 0
-    time.sleep(0.5)  # the last words come after the end
-    return seconds, log_of(directory, other).strip().splitlines()[-1]
+    end, told = time.monotonic() + 10, ""
+    while time.monotonic() < end and not told.startswith("error: "):  # the last words come after the end
+        time.sleep(0.1)
+        told = log_of(directory, other).strip().splitlines()[-1]
+    return seconds, told
 
 
 def ask_one(kind: str, directory: Path, setting: Setting, asked: int, row: int) -> list[int]:

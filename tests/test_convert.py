@@ -46,7 +46,8 @@ def run(tmp_path_factory):
     write_checkpoint(folder / "qwen", texts, SHAPE)
     begun = load(folder / "qwen")
     experiment.model.path, experiment.tokenizer.chat_template = str(folder / "qwen"), True
-    experiment.warm_up.steps, experiment.agent.max_tokens = 2, 640
+    experiment.warm_up.steps, experiment.warm_up.evaluate_every, experiment.steps = 2, 2, 0
+    experiment.agent.max_tokens = 640
     experiment.main.update.row_tokens = experiment.warm_up.update.row_tokens = 640
     result = train(experiment, folder / "run")
     shutil.rmtree(folder / "qwen")

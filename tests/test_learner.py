@@ -179,17 +179,18 @@ def test_dropout_is_of_learning_and_another_in_every_step(learners):
 
         return learners(change, {"talker": Role("policy", adapter="policy"), "agent": Role("policy", adapter="policy")})
 
-    def learned(share, step=0):
-        """Additions after one step of that number."""
+    def learned(share, *steps):
+        """Additions after one step of each number, from the same state."""
         learner = dropping(share)
         loud = jax.tree.map(lambda leaf: leaf + 0.1, learner.models["policy"].adapters)
         state = learner.states["policy"]
-        params = state.params.replace(adapters=loud)
-        learner.states["policy"] = state.replace(params=params, step=state.step + step)
-        learner.learn(collected(("talker", "agent")), 0)
-        return np.asarray(learner.models["policy"].adapters.layers["up"].down)
+        begin = jax.device_get(state.replace(params=state.params.replace(adapters=loud)))
+        for step in steps:
+            learner.states["policy"] = jax.device_put(begin.replace(step=begin.step + step))
+            learner.learn(collected(("talker", "agent")), 0)
+            yield np.asarray(learner.models["policy"].adapters.layers["up"].down)
 
-    none, some, again, later = learned(0), learned(0.5), learned(0.5), learned(0.5, 1)
+    (none,), (some, again, later) = learned(0, 0), learned(0.5, 0, 0, 1)
     assert (some == again).all() and (some != later).any() and (some != none).any()
 
 

@@ -1,8 +1,10 @@
+import os
 import subprocess
 import sys
 
 import pytest
 
+from launch import flags, plan
 from tests.conftest import REPOSITORY, STRICT
 
 CONFIG = """from tests.experiments import tiny
@@ -35,6 +37,12 @@ def test_a_plan_of_devices_that_are_not_here(tmp_path):
     assert rows["weights"][1] == "0.00"
 
 
+def test_devices_that_do_not_divide_the_rows_are_told(tmp_path):
+    status, shown, errors = run(tmp_path, "--mesh=data:3")
+    assert (status, shown, len(errors.splitlines())) == (1, "", 1)
+    assert errors.startswith("error: warm_up.update.micro_rows is 4: make it a multiple of the 3 data shard(s)")
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
@@ -44,13 +52,17 @@ def test_a_plan_of_devices_that_are_not_here(tmp_path):
         ),
         (["--mesh=data=2"], "mesh is 'data=2': write axis:size once for each of data, model, replica"),
         (["--mesh=data:2,data:2"], "mesh is 'data:2,data:2': write axis:size once"),
-        (["--mesh=data:3"], "warm_up.update.micro_rows is 4: make it a multiple of the 3 data shard(s)"),
         ([], "mesh.data is -1, all devices that there are: say how many with --mesh=data:8,model:1"),
-        (["--mesh=data:2", "--sampled_tokens=9999"], "sampled_tokens is 9999 and observed_tokens"),
+        (["--mesh=data:1", "--sampled_tokens=9999"], "sampled_tokens is 9999 and observed_tokens"),
     ],
 )
-def test_a_mistake_is_one_line(tmp_path, arguments, told):
-    status, shown, errors = run(tmp_path, *arguments)
-    assert status == 1
-    assert errors.startswith(f"error: {told}")
-    assert (len(errors.splitlines()), shown) == (1, "")
+def test_a_mistake_is_one_line(tmp_path, capsys, monkeypatch, arguments, told):
+    (tmp_path / "config.py").write_text(CONFIG)
+    for name in ("XLA_FLAGS", "JAX_PLATFORMS"):  # which the command changes
+        monkeypatch.setenv(name, os.environ.get(name, ""))
+    with pytest.raises(SystemExit) as ended:
+        flags.run(plan.main, plan.define_flags, argv=["launch.plan", f"--config={tmp_path / 'config.py'}", *arguments])
+    captured = capsys.readouterr()
+    assert ended.value.code == 1
+    assert captured.err.startswith(f"error: {told}")
+    assert (len(captured.err.splitlines()), captured.out) == (1, "")

@@ -4,16 +4,24 @@ import subprocess
 import sys
 import time
 
+import jax
 import pytest
 import yaml
 from absl import flags
 
+import rlrag.processes
 from launch import processes
-from launch.flags import Mistake
-from launch.processes import Place, define_flags, environment_of, explain_lost, find_place, own_devices, wait
+from launch.flags import Mistake, ours
+from launch.processes import GONE, Place, define_flags, environment_of, explain_lost, find_place, own_devices, wait
 from tests.conftest import REPOSITORY
 
 LAUNCH = REPOSITORY / "launch"
+# Of JAX's client, and of a collective, whose peer was killed while they waited or before.
+SAID = [
+    "UNAVAILABLE: Socket closed\nAdditional GRPC error information from remote target coordination_service while ...",
+    "UNAVAILABLE: recvmsg:Connection reset by peer\nAdditional GRPC error information from remote target ...",
+    f"INTERNAL: {'Error dispatching computation: ' * 9}Gloo all-reduce failed: Connection closed by peer [127.0.0.1]:8",
+]
 FOUR = {"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "4"}
 
 
@@ -79,10 +87,65 @@ def test_an_error_of_a_lost_peer_is_told_in_a_line():
     assert explain_lost(ours.value) is None, "a name in a message of ours"
 
 
-def test_our_own_error_is_a_lost_peers_where_that_caused_it():
+@pytest.mark.parametrize("text", SAID)
+def test_whoever_called_what_raised_it_a_lost_peer_is_told(text):
+    """An error raised in C++ has the traceback of its caller alone, which may be ours, as in rlrag.processes.gather."""
+    for kind in (jax.errors.JaxRuntimeError, ValueError):
+        with pytest.raises(kind) as raised:
+            exec(compile("raise kind(text)", rlrag.processes.__file__, "exec"), {"kind": kind, "text": text})
+        assert ours(raised.value)
+        assert "another process of this training is gone" in (explain_lost(raised.value) or "")
+
+
+def test_an_error_is_a_lost_peers_where_that_caused_it():
+    lost = RuntimeError("UNAVAILABLE: Failed to send RPC to coordination service")
     own = Mistake("checkpoint 8 cannot be written")
-    own.__cause__ = RuntimeError("UNAVAILABLE: Failed to send RPC to coordination service")
+    own.__cause__ = lost
     assert "another process of this training is gone" in (explain_lost(own) or "")
+    closing = KeyError("closing")
+    closing.__context__ = lost
+    assert "another process of this training is gone" in (explain_lost(closing) or "")
+    closing.__suppress_context__ = True
+    assert explain_lost(closing) is None, "raised `from None`: it has nothing to do with it"
+
+
+JOINED = """
+import os, sys
+import jax
+from absl import flags
+from launch import processes
+values = flags.FlagValues()
+processes.define_flags(values)
+values(sys.argv[:1])
+processes.find_place = lambda *_: processes.Place("localhost:1", 2, 1)
+processes.join = lambda *_: None
+jax.process_index, jax.process_count = lambda: 1, lambda: 2
+with processes.joined(values):
+    RAISES
+"""
+LOST = 'raise jax.errors.JaxRuntimeError("UNAVAILABLE: Socket closed")'
+
+
+@pytest.mark.parametrize(
+    ("raises", "status", "told"),
+    [
+        (LOST, 1, "another process of this training is gone, see what it said: the same command on every host goes on "
+                  "from the last checkpoint (UNAVAILABLE: Socket closed)"),
+        ("raise processes.Mistake('not so')", 2, "not so"),
+        ("raise KeyError('a fault')", 1, "KeyError: 'a fault' (the traceback is above)"),
+        ("raise KeyboardInterrupt", 130, "interrupted: the same command on every host goes on from the last "
+                                         "checkpoint"),
+        # JAX ends the process while the error is on its way.
+        ("processes.explain = processes.explain_lost = lambda _: os.abort(); 1 / 0", -6, None),
+    ],
+    ids=["lost", "mistake", "fault", "interrupted", "aborted"],
+)  # fmt: skip
+def test_the_last_line_of_a_process_among_several_says_why_it_ended(raises, status, told):
+    done = python("-c", JOINED.replace("RAISES", raises))
+    first, *above, last = done.stderr.splitlines()
+    assert first == "process 1 of 2: waiting for the others"
+    assert (done.returncode, last) == (status, f"error: process 1 of 2{': ' if told else ' was ended: '}{told or GONE}")
+    assert any("Traceback" in line for line in above) == ("traceback is above" in last)
 
 
 @pytest.mark.parametrize(

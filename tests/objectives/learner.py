@@ -41,6 +41,17 @@ def build_update(
     return Update(ARCHITECTURE, objective, build_optimizer(schedule, **options), schedule, mesh or one_device())
 
 
+# The programs are pure: tests of one objective share what it compiles to. One that patches what is traced makes an
+# objective of its own.
+shared_update = cache(build_update)
+CREDIT = group_relative()
+
+
+@cache
+def shared_prepare(objective: Objective, credit: Credit, num_groups: int, num_episodes: int, mesh: jax.sharding.Mesh):
+    return build_prepare({"m": ARCHITECTURE}, {"m": objective}, {"m": "m"}, credit, num_groups, num_episodes, mesh)
+
+
 class Gradient(NamedTuple):
     loss: float
     gradient: Transformer
@@ -51,10 +62,7 @@ class Gradient(NamedTuple):
 def prepare(
     update: Update, packed: Packed, params: Transformer, reference: Transformer | None, credit: Credit
 ) -> Prepared:
-    program = build_prepare(
-        {"m": update.architecture}, {"m": update.objective}, {"m": "m"}, credit, packed.num_groups, packed.num_episodes,
-        update.mesh,
-    )  # fmt: skip
+    program = shared_prepare(update.objective, credit, packed.num_groups, packed.num_episodes, update.mesh)
     num_micro = {"m": np.int32(packed.num_micro)}
     return program({"m": params}, {"m": reference}, {"m": update.put(packed.batch)}, num_micro, COEFFICIENTS)
 
@@ -64,10 +72,10 @@ def differentiate(
     mesh: jax.sharding.Mesh | None = None,
 ) -> Gradient:  # fmt: skip
     """Loss, gradient and metrics of a whole packed batch, through the programs of the update."""
-    update = build_update(objective, mesh)
+    update = shared_update(objective, mesh)
     state = update.initialize(parameters() if params is None else params)
     reference = parameters(1) if "ref_logp" in objective.needs else None
-    prepared = prepare(update, packed, state.params, reference, credit or group_relative())
+    prepared = prepare(update, packed, state.params, reference, credit or CREDIT)
     batch, counts = prepared.batches["m"], prepared.counts["m"]
     chosen = np.zeros(batch.tokens.shape[0], np.float32)
     chosen[: packed.num_micro] = 1

@@ -86,11 +86,12 @@ def test_observed_tokens_as_targets_change_no_bit(monkeypatch):
     packed = pack_groups(GROUPS, PAID, rows=16, max_micro=1)
     inputs = jnp.array(packed.batch.tokens[0])
     monkeypatch.setattr(scoring, "trunk", lambda params, a, _, *rest: trunk(params, a, inputs, *rest))
+    objective = surrogate(recompute_old=True)  # traced with that
 
     def learn(where: np.ndarray):
         tokens = np.where(where, (packed.batch.tokens + 7) % 64, packed.batch.tokens).astype(np.int32)
         batch = packed.batch.replace(tokens=tokens)
-        return differentiate(ON_POLICY, packing.Packed(**{**vars(packed), "batch": batch}))
+        return differentiate(objective, packing.Packed(**{**vars(packed), "batch": batch}))
 
     before = learn(np.zeros_like(packed.batch.act, bool))
     after = learn(packed.batch.act == 0)
