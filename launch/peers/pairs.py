@@ -24,6 +24,7 @@ from rlrag.objectives.credit import group_relative
 from rlrag.objectives.losses import surrogate
 from rlrag.objectives.update import build_prepare
 from rlrag.rollout import lanes
+from rlrag.rollout.cache import TILE
 from rlrag.rollout.pages import Pages
 from rlrag.rollout.sampling import Controls, sample
 from rlrag.speed import fixed_batch, update
@@ -105,7 +106,7 @@ def sampling(s: Setting) -> Trap:
 
 def cache_layout(s: Setting) -> Trap:
     """Attention of one token a lane, in one layer."""
-    a, B, S = s.architecture, s.lanes, -(-s.room // lanes.TILE) * lanes.TILE
+    a, B, S = s.architecture, s.lanes, -(-s.room // TILE) * TILE
     query = random(0, B, a.num_heads, a.head_dim)
     key, value = random(1, B, S, a.num_kv_heads, a.head_dim), random(2, B, S, a.num_kv_heads, a.head_dim)
     position, live = jnp.full(B, s.room - 1), jnp.ones(B, bool)
@@ -128,7 +129,7 @@ def packed_weights(s: Setting) -> Trap:
     """A loop of decoding steps: the hidden states that the last of them begins its head with."""
     a, B, params = s.architecture, s.lanes, start(s.architecture)
     tokens = jax.random.randint(jax.random.key(0), (s.steps, B), 0, a.vocab_size)
-    room, live = -(-s.room // lanes.TILE) * lanes.TILE, jnp.ones(B, bool)
+    room, live = -(-s.room // TILE) * TILE, jnp.ones(B, bool)
     empty = fixed_batch.to_lanes(fixed_batch.empty(a, B, room))
 
     def attention(cache, at, layer, q, k, v):
@@ -173,9 +174,9 @@ def donated_cache(s: Setting) -> Trap:
 
     def write(cache):
         both = [lanes.write(keys, values, at, new, new) for keys, values in zip(*cache)]
-        return fixed_batch.Cache(*map(tuple, zip(*both)))  # type: ignore[arg-type]
+        return fixed_batch.Tiled(*map(tuple, zip(*both)))  # type: ignore[arg-type]
 
-    room = -(-s.room // lanes.TILE) * lanes.TILE
+    room = -(-s.room // TILE) * TILE
     cache = fixed_batch.to_lanes(fixed_batch.empty(a, B, room))
     straight, ours = (rebound(write, cache, donated) for donated in (False, True))
     return Trap("a fresh cache from every step (ours: donated)", straight, ours, 1, "decode step", check=unchecked)
