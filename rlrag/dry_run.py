@@ -18,11 +18,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from rlrag import config, workdir
+from rlrag import config, processes, workdir
+from rlrag.console import say
 from rlrag.data.task import Task, open_task, served
+from rlrag.devices import CPU, find_device
 from rlrag.learner import Programs
 from rlrag.mesh import DATA, MODEL, local_mesh, rows_sharding
-from rlrag.model.architecture import Architecture
+from rlrag.model.architecture import AUTO, Architecture
 from rlrag.model.decoding import abstract_weights, pack, parts
 from rlrag.model.parameters import abstract, num_parameters, shardings
 from rlrag.objectives.update import TrainState, Update
@@ -36,6 +38,8 @@ from rlrag.setup import acting_models, build_architecture, build_spec, build_sta
 # Where memory is the host's: what a training adds to its process beside arrays, most of it the compiler's (measured on
 # x86-64 with toy models, tests/memory_check.py).
 PROCESS_BYTES = 320 * 2**20
+USABLE = 0.9  # of a device's memory: not all that is free lies together
+BY_COST = ("", "elementwise", "all")  # of model.remat, the fastest first
 ROLLOUT = ("pack", "advance", "prefill", "decode")  # programs of sampling; advance is prefill and decode
 
 
@@ -53,7 +57,7 @@ class Setting:
 
     @property
     def programs(self) -> Programs:
-        return Programs(self.stage, self.a, self.mesh, self.spec.num_kept)
+        return programs_of(self)
 
     @property
     def acting(self) -> int:
@@ -141,8 +145,50 @@ def open_settings(
         yield [Setting(experiment, task, stages, stage, a, spec, mesh) for stage in stages if stage.steps]
 
 
+# -- what there is room for -------------------------------------------------------------------------------------------
+
+
+def settle(setting: Setting, seed: int = 0) -> tuple[Setting, Programs]:
+    """The setting and the programs of its stage, where model.remat is auto with what is settled in its place.
+
+    That is the first of BY_COST whose update fits: what stays from step to step, gradients, batch and what `accumulate`
+    needs for itself, as compiled, within USABLE of a device's memory. The programs hold what has been compiled: their
+    first call compiles nothing again. What is settled follows from shapes, compiler and kind of device, not from what
+    else a device happens to hold: a training that goes on goes on as it began.
+    """
+    if setting.a.remat != AUTO:
+        return setting, programs_of(setting, seed)
+    usable, tried = int(USABLE * min(processes.gather("memory", memory_bytes()))), []
+    for remat in BY_COST:
+        trial = replace(setting, a=replace(setting.a, remat=remat))
+        programs, found = programs_of(trial, seed), account(trial)
+        lowered = lower_update(programs, trial.stage, trial.mesh)
+        compiled, _ = compile_all({name: each for name, each in lowered.items() if name.startswith("accumulate")})
+        needed = max(program.memory_analysis().temp_size_in_bytes for program in compiled.values())
+        peak = sum(found.stays.values()) + needed + found.beside_program("accumulate")
+        tried.append(f"{remat or 'nothing'} {mebibytes(peak).strip()}")
+        if peak <= usable or remat == BY_COST[-1]:
+            break
+    taken = f"{trial.stage.name}: model.remat is {remat!r}, {mebibytes(usable).strip()} a device may be filled"
+    short = "" if peak <= usable else f"; make {trial.stage.name}.update.micro_rows smaller"
+    say(f"{taken}; recomputing {', '.join(tried)}{short}")
+    return trial, programs
+
+
+def programs_of(setting: Setting, seed: int = 0) -> Programs:
+    return Programs(setting.stage, setting.a, setting.mesh, setting.spec.num_kept, seed)
+
+
+def memory_bytes() -> int:
+    """Of a device of this process; where memory is the host's, its share of that."""
+    devices = jax.local_devices()
+    limits = [(device.memory_stats() or {}).get("bytes_limit") for device in devices]
+    return min(int(limit or find_device(CPU).memory_bytes.value // len(devices)) for limit in limits)
+
+
 def plan(setting: Setting) -> Plan:
     """Compiles every program as it is."""
+    setting, _ = settle(setting)
     programs, stage = setting.programs, setting.stage
     compiled, seconds = compile_all(lower(setting))
     return Plan(

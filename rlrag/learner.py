@@ -79,11 +79,13 @@ class Learner:
         num_kept: int,
         models: Mapping[str, Transformer],
         seed: int = 0,
+        programs: Programs | None = None,
     ):
         """models are taken over: what begins the stage, by name, and the reference where an objective wants one. A
-        model that is not among them begins as a copy of `policy`. seed: of dropout."""
+        model that is not among them begins as a copy of `policy`. seed: of dropout; programs: those of all the others,
+        where they are compiled already."""
         self.stage, self.max_micro = stage, stage.settings.update.max_micro
-        self.programs = programs = Programs(stage, a, mesh, num_kept, seed)
+        self.programs = programs = programs or Programs(stage, a, mesh, num_kept, seed)
         begun = {name: begin(models, name, own, mesh) for name, own in programs.architectures.items()}
         self.frozen = {name: params for name, params in begun.items() if name not in programs.updates}
         self.references: dict[str, Any] = {

@@ -17,8 +17,9 @@ import numpy as np
 
 from rlrag.config import Experiment
 from rlrag.devices import CPU, Device
-from rlrag.dry_run import ROLLOUT, Setting, open_settings
+from rlrag.dry_run import ROLLOUT, USABLE, Setting, open_settings
 from rlrag.hlo import Cost, Told
+from rlrag.model.architecture import AUTO
 from rlrag.survey import Survey
 
 PHASES = ("rollout", "update")
@@ -28,7 +29,7 @@ PHASES = ("rollout", "update")
 class Assumed:
     """Shares of the vendors' figures; none is measured."""
 
-    memory: float = 0.9  # of a device's memory that arrays may fill
+    memory: float = USABLE  # of a device's memory that arrays may fill
     products: float = 0.5  # of the peak, in matrix products
     bandwidth: float = 0.8  # of the memory
     links: float = 0.8
@@ -96,6 +97,11 @@ class Forecast:
 @contextmanager
 def open_setting(experiment: Experiment, directory: Path) -> Iterator[Setting]:
     """The last stage that has steps, on as many of this process's devices as the mesh has."""
+    if experiment.model.remat == AUTO:
+        raise ValueError(
+            f"model.remat is {AUTO!r}, which asks the devices of a training: plan with each of --config.model.remat= "
+            "(nothing), elementwise and all"
+        )
     # Nothing is searched: no server is started or asked.
     experiment = replace(experiment, retriever=replace(experiment.retriever, spawn=False, url=""))
     many = math.prod(vars(experiment.mesh).values())

@@ -17,6 +17,7 @@ from rlrag.collection import Collector, together
 from rlrag.console import LINE_EVERY_S, bar, headline, say
 from rlrag.data.sources import iterate
 from rlrag.data.task import Task, open_task, served
+from rlrag.dry_run import Setting, settle
 from rlrag.episodes import EpisodeLog
 from rlrag.evaluate import Shown, bounds, evaluate, summarize, write_rows
 from rlrag.learner import Learner
@@ -34,6 +35,7 @@ from rlrag.setup import (
     acting_models,
     build_architecture,
     build_engine,
+    build_spec,
     build_stages,
     check_sizes,
     furnish,
@@ -171,7 +173,10 @@ def play_stages(run: Run) -> Models:
 def play_stage(run: Run, number: int, models: Models) -> Models:
     """One stage with these models; what it ends with. Its optimizer states go with it, before the next has its own."""
     stage = run.stages[number]
-    learner = Learner(stage, run.architecture, run.mesh, run.experiment.rollout.num_kept, models, run.experiment.seed)
+    experiment, task, a, mesh, seed = run.experiment, run.task, run.architecture, run.mesh, run.experiment.seed
+    spec = build_spec(experiment, task)
+    _, programs = settle(Setting(experiment, task, run.stages, stage, a, spec, mesh), seed)
+    learner = Learner(stage, a, mesh, spec.num_kept, models, seed, programs)
     play(run, learner, number)
     if stage.name == WARM_UP and not run.experiment.warm_start:
         run.result["warm_start"] = score(run, learner.acting, "warm_start")

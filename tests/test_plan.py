@@ -147,3 +147,10 @@ def test_a_training_without_steps(tmp_path):
     experiment.mesh, experiment.steps, experiment.warm_up.steps = Mesh(1, 1), 0, 0
     with pytest.raises(ValueError, match=r"steps is 0: give --config.steps=1"), open_setting(experiment, tmp_path):
         pass
+
+
+def test_a_plan_is_of_devices_that_cannot_be_asked(tmp_path):
+    experiment = tiny()
+    experiment.mesh, experiment.model.remat = Mesh(1, 1), "auto"
+    with pytest.raises(ValueError, match=r"model.remat is 'auto'"), open_setting(experiment, tmp_path):
+        pass

@@ -7,6 +7,7 @@ DTYPES = ("float32", "bfloat16")
 ACTIVATIONS = ("silu", "gelu_tanh")
 ROPE_SCALINGS = ("", "linear", "llama3")
 REMATS = ("", "all", "elementwise")
+AUTO = "auto"  # of remat: the first that the devices have room for
 TARGETS = ("query", "key", "value", "output", "gate", "up", "down")  # the matrices of a layer
 BASES = ("", "int8")
 NO_ADAPTER = "none"  # in place of an adapter's name: the base alone
@@ -112,7 +113,9 @@ class Architecture:
     embed_scale: float = 1.0  # multiplies token embeddings at the input (Gemma: sqrt(embed_dim))
     dtype: str = "float32"  # of activations and decode weights
     param_dtype: str = "float32"
-    remat: str = ""  # what of a layer the backward pass computes again: all | elementwise; empty: nothing
+    # What of a layer the backward pass computes again: all | elementwise; empty: nothing; auto: as little as there is
+    # room for.
+    remat: str = ""
     scan_unroll: int = 1  # layers unrolled per scan step in training
     base: str = ""  # how the matrices of the layers are held, where adapters alone learn; int8: a byte a number
     adapters: Adapters = field(default_factory=Adapters)
@@ -133,7 +136,7 @@ class Architecture:
             raise ValueError(f"head_dim is {self.head_dim}: rotary positions need an even number")
         for name, choices in (
             ("dtype", DTYPES), ("param_dtype", DTYPES), ("activation", ACTIVATIONS), ("rope_scaling", ROPE_SCALINGS),
-            ("base", BASES), ("remat", REMATS),
+            ("base", BASES), ("remat", (*REMATS, AUTO)),
         ):  # fmt: skip
             if getattr(self, name) not in choices:
                 raise ValueError(

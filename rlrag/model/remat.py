@@ -16,5 +16,6 @@ def rematerialized(step: Callable, remat: str) -> Callable:
     """The body of a scan over layers, with what its architecture says of recomputation; empty: everything is kept."""
     if not remat:
         return step
+    assert remat in POLICIES, f"{remat} is not settled yet"
     # A scan keeps forward and backward apart by itself.
     return jax.checkpoint(step, policy=POLICIES[remat], prevent_cse=False)
