@@ -179,7 +179,8 @@ def explain_lost(error: Exception) -> str | None:
     while cause is not None:
         library = isinstance(cause, ValueError | RuntimeError) and (STATUS.match(str(cause)) or not ours(cause))
         if library and any(mark in str(cause) for mark in LOST):
-            return f"{GONE} ({str(cause).splitlines()[0][-120:]})"  # XLA puts before it where it was
+            said = str(cause).splitlines()[0].rpartition("Error dispatching computation: ")[2]  # of others, many times
+            return f"{GONE} ({said[:160]})"
         cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
     return None
 
