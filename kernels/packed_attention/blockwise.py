@@ -144,7 +144,8 @@ class _Blocks:
     """Rows cut into blocks of queries and of keys, and which key blocks each query block walks."""
 
     def __init__(self, visible: Visibility, num_tokens: int, sizes: tuple[int, int] | None):
-        self.sizes = sizes = sizes or (block_size(num_tokens),) * 2
+        size = block_size(num_tokens)
+        self.sizes = sizes = sizes or (size, size)
         self.num_tokens = num_tokens
         self.padding = -num_tokens % math.lcm(*sizes)
         self.number = (num_tokens + self.padding) // sizes[0]

@@ -41,7 +41,7 @@ def mixer(
     cache: Cache, table: jax.Array, position: jax.Array, live: jax.Array, page_size: int, a: Architecture
 ) -> tuple[Mix, Callable[[], Cache]]:
     """The `mix` of one decode step, and what it makes of the cache; arguments as in paged.mixer."""
-    pages, copies = [list(cache.keys), list(cache.values)], [list(cache.lane_keys), list(cache.lane_values)]
+    pages, copies = (list(cache.keys), list(cache.values)), (list(cache.lane_keys), list(cache.lane_values))
     index = kv.live_index(table, position, live, page_size, pages[0][0].shape[1])
     target = jnp.where(live, position, FAR)
 
@@ -53,7 +53,7 @@ def mixer(
         window = a.window if a.local[number] else None
         return attend(q[:, 0], keys, values, position, live, window, a.attention_scale or None)[:, None]
 
-    return mix, lambda: Cache(*map(tuple, (*pages, *copies)))
+    return mix, lambda: Cache(*map(tuple, pages), tuple(copies[0]), tuple(copies[1]))
 
 
 def attend(
