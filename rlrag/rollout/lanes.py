@@ -53,7 +53,7 @@ def mixer(
         window = a.window if a.local[number] else None
         return attend(q[:, 0], keys, values, position, live, window, a.attention_scale or None)[:, None]
 
-    return mix, lambda: Cache(*map(tuple, pages), tuple(copies[0]), tuple(copies[1]))
+    return mix, lambda: Cache(tuple(pages[0]), tuple(pages[1]), tuple(copies[0]), tuple(copies[1]))
 
 
 def attend(
