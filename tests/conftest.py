@@ -31,9 +31,10 @@ STRICT = (
 )
 
 
-# Most of the suite's time is LLVM's, at programs that run for milliseconds.
+# Most of the suite's time is LLVM's, at programs that run for milliseconds. XLA_FLAGS=--xla_backend_optimization_level=3
+# takes some minutes more and has programs as they are for users.
 QUICK = "--xla_backend_optimization_level=0"
-if os.environ["JAX_PLATFORMS"] == "cpu" and QUICK not in os.environ.get("XLA_FLAGS", ""):
+if os.environ["JAX_PLATFORMS"] == "cpu" and "optimization_level" not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK}".strip()
 
 # What takes longest comes first: at the end workers deal out what is left among themselves, and that should be small.
@@ -59,10 +60,12 @@ def run_on_devices() -> Callable[..., str]:
     """Run a module-level function, a script (Path) or source (str) in its own process with n virtual CPU devices.
 
     Returns what it printed; a failure shows that, and the end of its standard error. One process has one number of
-    devices for life, so a test that wants another number needs another process.
+    devices for life, so a test that wants another number needs another process; optimised: as a user's programs are.
     """
 
-    def run(what: Callable[[], object] | Path | str, n: int = 8, *, timeout_s: float = 300) -> str:
+    def run(
+        what: Callable[[], object] | Path | str, n: int = 8, *, timeout_s: float = 300, optimised: bool = False
+    ) -> str:
         if isinstance(what, Path):
             command = [str(what)]
         elif isinstance(what, str):
@@ -70,6 +73,7 @@ def run_on_devices() -> Callable[..., str]:
         else:
             command = ["-c", f"from {what.__module__} import {what.__name__} as run\nrun()"]
         flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={n}".strip()
+        flags = flags.replace(QUICK, "") if optimised else flags
         done = subprocess.run(
             [sys.executable, *STRICT, *command],
             cwd=REPOSITORY,
