@@ -31,8 +31,8 @@ STRICT = (
 )
 
 
-# Most of the suite's time is LLVM's, at programs that run for milliseconds. XLA_FLAGS=--xla_backend_optimization_level=3
-# takes some minutes more and has programs as they are for users.
+# Most of the suite's time is LLVM's, at programs that run for milliseconds. With
+# XLA_FLAGS=--xla_backend_optimization_level=3 it takes some minutes more and has programs as they are for users.
 QUICK = "--xla_backend_optimization_level=0"
 if os.environ["JAX_PLATFORMS"] == "cpu" and "optimization_level" not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK}".strip()
