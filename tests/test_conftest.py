@@ -1,5 +1,7 @@
 import pytest
 
+from tests.conftest import QUICK
+
 
 def report_devices():
     import jax
@@ -13,6 +15,7 @@ def test_runs_functions_scripts_and_source_on_many_devices(run_on_devices, tmp_p
     script.write_text("import jax; print(jax.device_count())")
     assert run_on_devices(script, 2) == "2\n"
     assert run_on_devices("import sys; print('jax' in sys.modules)") == "False\n"
+    assert QUICK not in run_on_devices("import os; print(os.environ['XLA_FLAGS'])", 1, optimised=True)
 
 
 @pytest.mark.parametrize(
