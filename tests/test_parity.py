@@ -28,14 +28,7 @@ def sharpened():
 
 def played(params):
     """Episodes of several turns with documents between them, sampled with temperatures, top-k, top-p, both, greedily,
-    within allowed ids and within a shrinking set of them (tests.rollout.rehearsal.talk). In a process of its own, by
-    programs compiled as users': rounding is what is measured.
-
-    A sharpened head gives preferences (entropy 2.6 of 4.2 nats). A sharpened trunk would make single positions
-    ill-conditioned: there both sides are up to 2e-5 from float64.
-    """
-    fresh = initialize(ARCHITECTURE, jax.random.key(0))
-    params = fresh.replace(head=fresh.head * 2)
+    within allowed ids and within a shrinking set of them (tests.rollout.rehearsal.talk)."""
     groups = roll_out(60, 8, params=params, max_episodes=96, num_slots=64, num_pages=4096, prefill_rows=64)
     paid = [[Paid({}) for _ in group.trajectories] for group in groups]
     return pack(
