@@ -28,6 +28,7 @@ from rlrag.rollout.cache import Cache
 from rlrag.rollout.sampling import Array, Controls, sample
 
 RUNNING, STOPPED, ENDED, LIMITED = 0, 1, 2, 3  # why a slot's burst is over
+LEAST_VIEW = 128  # tokens: to read fewer saves nothing
 LANES, PAGES = "lanes", "pages"  # what a burst works on: copies of the pages in its lanes, or the pages themselves
 
 
@@ -55,6 +56,12 @@ class Spec:
     @property
     def pages_per_stream(self) -> int:
         return self.max_tokens // self.page_size
+
+    @property
+    def views(self) -> tuple[int, ...]:
+        """Pages of a stream that a chunk of prefill may read: it reads the fewest that hold all of its rows."""
+        halves = {-(-self.pages_per_stream // 2**i) for i in range(4)}
+        return tuple(sorted(n for n in halves if n * self.page_size >= LEAST_VIEW or n == self.pages_per_stream))
 
     @property
     def on_pages(self) -> bool:
@@ -161,16 +168,22 @@ def prefill(
         inside = offset < count[:, None]
         past = capacity + jnp.arange(tokens.size).reshape(tokens.shape)
         index = jnp.where(inside, kv.token_index(table, positions, spec.page_size), past)
-        cached = jnp.arange(spec.max_tokens)[None]
-        seen = views(a, cached <= positions[..., None], positions, cached)
         keys, values = list(cache.keys), list(cache.values)
+        longest = jnp.max(jnp.where(count > 0, start + count, 0))
+        enough = sum((longest > pages * spec.page_size).astype(jnp.int32) for pages in spec.views[:-1])
+
+        def read(pages: int, local: bool, q: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+            own = table[:, :pages]
+            cached = jnp.arange(pages * spec.page_size)[None]
+            seen = views(a, cached <= positions[..., None], positions, cached)[local]
+            key, value = (kv.gather(store, own, spec.page_size) for store in (key, value))
+            return attend(q, key, value, seen, a.attention_scale or None)
 
         def mix(number: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
             keys[number] = kv.scatter(cache.keys[number], index, k)
             values[number] = kv.scatter(cache.values[number], index, v)
-            key_view = kv.gather(keys[number], table, spec.page_size)
-            value_view = kv.gather(values[number], table, spec.page_size)
-            return attend(q, key_view, value_view, seen[a.local[number]], a.attention_scale or None)
+            ways = [partial(read, pages, a.local[number]) for pages in spec.views]
+            return jax.lax.switch(enough, ways, q, keys[number], values[number])
 
         extend(weights, a, tokens, positions, mix, None if inbox.adapters is None else inbox.adapters[j], cut)
         return cache._replace(keys=tuple(keys), values=tuple(values))
