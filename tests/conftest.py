@@ -19,8 +19,6 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 # XLA has as many threads as there are cores, or this many: the interpreters of kernels run each warpgroup on one of
 # them, and where there are fewer those wait for each other for ever.
 os.environ.setdefault("NPROC", "8")
-# Workers of pytest-xdist share the cores: threads of OpenMP that wait for each other by spinning take them all (faiss).
-os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that would download something fails at once
 
 # The filterwarnings of pyproject.toml for a process of its own.

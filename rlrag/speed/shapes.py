@@ -33,6 +33,11 @@ class Setting:
     group_size: int = 8
 
 
+def learned(vocabulary: int) -> Workload:
+    """Search-R1's shape: a prompt, and answers of two turns with a document between them."""
+    return Workload(vocabulary, prompt_tokens=512, turns=(2, 2), turn_tokens=(64, 64), document_tokens=(128, 128))
+
+
 def demo() -> Setting:
     """Two cores play it in seconds."""
     V = DEMO.vocab_size
@@ -42,7 +47,7 @@ def demo() -> Setting:
         Workload(V, prompt_tokens=64, turn_tokens=(128, 128)),
         Workload(V, prompt_tokens=32, turns=(4, 4), turn_tokens=(12, 36), document_tokens=(24, 24)),
         episodes=768,
-        learn=Workload(V, prompt_tokens=512, turns=(2, 2), turn_tokens=(64, 64), document_tokens=(128, 128)),
+        learn=learned(V),
         rows=RowSizes(rows=2, tokens=2688),
         questions=8,
     )
@@ -57,7 +62,7 @@ def published(a: Architecture) -> Setting:
         Workload(V, prompt_tokens=64, turn_tokens=(256, 256)),
         Workload(V, prompt_tokens=128, turns=(4, 4), turn_tokens=(32, 96), document_tokens=(96, 128)),
         episodes=1024,
-        learn=Workload(V, prompt_tokens=512, turns=(2, 2), turn_tokens=(64, 64), document_tokens=(128, 128)),
+        learn=learned(V),
         rows=RowSizes(rows=2, tokens=2688),
         questions=16,
     )
